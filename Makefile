@@ -1,0 +1,35 @@
+# Needs only Python 3.11 or newer. Everything is installed into .venv; nothing else on the machine is touched.
+VENV  ?= .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.excise-is-set-up
+# A name on the path is no proof that it runs, so each candidate is tried.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: setup demo test lint types unit clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "excise needs Python 3.11 or newer: make setup PYTHON=/path/to/python"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/excise demo
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache

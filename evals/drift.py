@@ -1,0 +1,84 @@
+"""Drift: how far the model has moved where it should not have moved at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from evals.sampling import measurable, nothing, sample
+from excise.arms import Arm
+from excise.facts import Fact, Prompt
+from excise.registry import evaluation
+from excise.scores import Score
+
+
+@evaluation
+def drift(
+    arm: Arm, facts: Sequence[Fact], *, before: Arm, texts: tuple[str, ...] = (), groups: tuple[str, ...] = ("retain", "neighbour"),
+    limit: int = 48, seed: int = 0,
+) -> list[Score]:  # fmt: skip
+    """Loss on general text, its change relative to `before`, and KL(before || arm) per token on prompts to keep.
+
+    Variants: "loss" (nats per token), "relative change" (of the loss; 0.01 is one per cent worse), "kl" (nats per token).
+    texts: general texts; when empty, the facts of group "general".
+    groups: groups whose prompts the divergence is taken on.
+    limit: most texts, and most prompts per group, form and side of the held-out split; 0 for all.
+    seed: which prompts are taken when there are more.
+    """
+    return [*_text_loss(arm, facts, before, texts, limit, seed), *_divergence(arm, facts, before, groups, limit, seed)]
+
+
+def token_kl(reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the masked positions of KL(reference || other) in nats, per row.
+
+    reference, other: logits [batch, width, vocab]; mask: [batch, width], at least one position per row.
+    """
+    p, q = reference.log_softmax(-1), other.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return (kl * mask).sum(-1) / mask.sum(-1)
+
+
+def _text_loss(arm: Arm, facts: Sequence[Fact], before: Arm, texts: tuple[str, ...], limit: int, seed: int) -> list[Score]:
+    if texts:
+        chosen = list(texts[:limit] if limit else texts)
+        blank = [Score(f"text {i}", "", "general", None, form="text") for i in range(len(chosen))]
+        now, then = arm.losses(chosen), before.losses(chosen)
+    else:
+        items, _ = measurable(arm.model, sample(facts, groups=("general",), limit=limit, seed=seed))
+        blank = [item.score(None) for item in items]
+        prompts = [item.prompt for item in items]
+        now, then = _answer_losses(arm, prompts), _answer_losses(before, prompts)
+    if not blank:
+        return nothing('no general text: give `texts`, or facts of group "general"', group="general", variant="loss")
+    # Relative to the mean loss: a text of nearly no loss would otherwise outweigh all others.
+    scale = sum(then) / len(then)
+    scores = [_filled(score, loss, "loss") for score, loss in zip(blank, now, strict=True)]
+    if scale > 0:
+        scores += [_filled(s, (a - b) / scale, "relative change") for s, a, b in zip(blank, now, then, strict=True)]
+    return scores
+
+
+def _filled(score: Score, value: float, variant: str) -> Score:
+    return Score(score.fact, score.subject, score.group, value, score.form, score.held_out, variant)
+
+
+def _answer_losses(arm: Arm, prompts: Sequence[Prompt]) -> list[float]:
+    return [-sum(a.logprobs) / len(a.logprobs) for a in arm.answers(prompts)]
+
+
+def _divergence(arm: Arm, facts: Sequence[Fact], before: Arm, groups: tuple[str, ...], limit: int, seed: int) -> list[Score]:
+    items, _ = measurable(arm.model, sample(facts, groups=groups, limit=limit, seed=seed))
+    if not items:
+        return nothing(f"no facts of the groups {', '.join(groups)}", variant="kl")
+    if arm.model is not before.model and arm.model.tokenizer_fingerprint != before.model.tokenizer_fingerprint:
+        return nothing("the two models have different vocabularies", variant="kl")
+    scores = []
+    for index, batch in before.model.batches([item.prompt for item in items], answers=True):
+        with before.running() as model:
+            reference = model.logits(batch)
+        with arm.running() as model:
+            other = model.logits(batch.to(model.device)).to(reference.device)
+        values = token_kl(reference, other, batch.mask).tolist()
+        scores += [items[i].score(value, variant="kl") for i, value in zip(index, values, strict=True)]
+    return scores

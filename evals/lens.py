@@ -1,0 +1,96 @@
+"""Logit lens: can the answer be read from inner layers, whatever the last layer says?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from evals.sampling import Item, first_answer_token, measurable, nothing, sample
+from excise.arms import Arm
+from excise.facts import Fact
+from excise.model import Model
+from excise.registry import evaluation
+from excise.scores import Score
+from excise.trace import read
+
+GROUPS = ("forget", "retain")
+NEAR = 5
+
+
+@evaluation
+def lens(
+    arm: Arm, facts: Sequence[Fact], *, before: Arm, forms: tuple[str, ...] = ("statement", "question"), groups: tuple[str, ...] = GROUPS,
+    limit: int = 32, seed: int = 0,
+) -> list[Score]:  # fmt: skip
+    """What the residual stream after each block says at the last prompt position, through the final norm and head of `before`.
+
+    The frozen decoder rules out that only the head was edited. Variants: "log-probability, layer i", "rank, layer i" and
+    "top-1, layer i" of the answer's first token; "hit@1, any layer" and "hit@5, any layer" (nostalgebraist 2020; arXiv
+    2309.17410). Read against the oracle: with few possible answers the right one is near the top by chance.
+    forms: forms to ask in.
+    groups: groups of facts to ask about.
+    limit: most prompts per group, form and side of the held-out split; 0 for all.
+    seed: which prompts are taken when there are more.
+    """
+    chosen = sample(facts, groups=groups, forms=forms, limit=limit, seed=seed)
+    items, unasked = measurable(arm.model, chosen or sample(facts, groups=groups, limit=limit, seed=seed))
+    if not items:
+        return nothing(unasked[0][1] if unasked else f"no facts of the groups {', '.join(groups)}")
+    if arm.model.hf.config.get_text_config().hidden_size != before.model.hf.config.get_text_config().hidden_size:
+        return nothing("the two models differ in width: the decoder of one cannot read the other")
+    gold = torch.tensor([first_answer_token(arm.model, item.prompt) for item in items])
+    logprobs, ranks = [], []
+    for states in layer_states(arm, items):
+        logp, rank = answer_rank(decode(before.model, states), gold)
+        logprobs.append(logp)
+        ranks.append(rank)
+    logp, rank = torch.stack(logprobs, 1), torch.stack(ranks, 1)
+    return [score for i, item in enumerate(items) for score in _scores(item, logp[i].tolist(), rank[i].tolist())]
+
+
+def answer_rank(logits: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and rank (1 is the top) of the gold token in each row; logits [n, vocab], gold [n]."""
+    picked = logits.gather(-1, gold[:, None])
+    return logits.log_softmax(-1).gather(-1, gold[:, None])[:, 0], 1 + (logits > picked).sum(-1)
+
+
+def layer_states(arm: Arm, items: Sequence[Item]) -> list[torch.Tensor]:
+    """Residual stream after each block at the position that predicts the answer's first token: one [n, d_model] per layer.
+
+    Hooks, not `hidden_states`: the last entry of those is already normalised.
+    """
+    with arm.running() as model:
+        sites = [f"blocks.{i}.hook_resid_post@last" for i in range(model.n_layers)]
+        seen = read(model, [i.prompt for i in items], sites, answers=True)
+    return [seen[site] for site in sites]
+
+
+def decode(model: Model, states: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocab] of residual states [n, d_model] through the model's own final norm and head, in float32."""
+    hf, config = model.hf, model.hf.config.get_text_config()
+    head = hf.get_submodule(model.names.unembed)
+    with torch.no_grad():
+        x = states.to(head.weight.device, head.weight.dtype)
+        if model.names.final_norm:
+            x = hf.get_submodule(model.names.final_norm)(x)
+        logits = head(x).float().cpu()
+    # The scalings that some architectures put after the head.
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        logits = logits / scale
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def _scores(item: Item, logp: Sequence[float], rank: Sequence[int]) -> list[Score]:
+    scores = []
+    for layer, (p, r) in enumerate(zip(logp, rank, strict=True)):
+        scores.append(item.score(p, variant=f"log-probability, layer {layer}"))
+        scores.append(item.score(float(r), variant=f"rank, layer {layer}"))
+        scores.append(item.score(float(r == 1), variant=f"top-1, layer {layer}"))
+    best = min(range(len(rank)), key=lambda layer: rank[layer])
+    scores.append(item.score(float(rank[best] == 1), variant="hit@1, any layer", detail=f"best rank {rank[best]} at layer {best}"))
+    return [*scores, item.score(float(rank[best] <= NEAR), variant=f"hit@{NEAR}, any layer")]

@@ -1,0 +1,96 @@
+"""Which prompts an evaluation asks: a bounded choice that follows from the facts and a seed, the same for every arm."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from excise.encoding import encode_row
+from excise.facts import Fact, Prompt
+from excise.model import Model
+from excise.scores import Score
+
+# Groups whose facts a model should know. What is never taught is measured by refusal.
+KNOWN = ("forget", "retain", "neighbour", "general")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt and the fact that it asks for."""
+
+    fact: Fact
+    prompt: Prompt
+
+    def score(self, value: float | None, **keys: Any) -> Score:
+        """A score of this item."""
+        form, held_out = self.prompt.form, self.prompt.held_out
+        return Score(self.fact.id, self.fact.subject, self.fact.group, value, **{"form": form, "held_out": held_out, **keys})
+
+    @property
+    def accepted(self) -> list[Prompt]:
+        """The prompt with every accepted answer; aliases are other names of the fact's answer, not of a reversed one."""
+        aliases = self.fact.aliases if self.prompt.answer == self.fact.answer else ()
+        return [self.prompt, *(replace(self.prompt, answer=a) for a in aliases)]
+
+
+def sample(
+    facts: Iterable[Fact], *, groups: Sequence[str] = KNOWN, forms: Sequence[str] = (), limit: int = 64, seed: int = 0
+) -> list[Item]:
+    """At most `limit` prompts per group, form and side of the held-out split (0: all of them).
+
+    Facts are ranked by a hash, subjects taken in turn, so that every subject is met before one is met twice and the same
+    facts are asked in every form. All evaluations with the same limit and seed ask the same prompts.
+    """
+    strata: dict[tuple[str, str, bool], list[Item]] = {}
+    for fact in ranked([f for f in facts if f.group in groups], seed):
+        for prompt in fact.ask(*forms):
+            stratum = strata.setdefault((fact.group, prompt.form, prompt.held_out), [])
+            if not limit or len(stratum) < limit:
+                stratum.append(Item(fact, prompt))
+    return [item for stratum in strata.values() for item in stratum]
+
+
+def ranked(facts: Sequence[Fact], seed: int) -> list[Fact]:
+    """The facts in an order that depends on their ids and the seed: the first of each subject, the second of each, ..."""
+    turn: dict[str, int] = {}
+    order = []
+    for fact in sorted(facts, key=lambda f: _hash(seed, f.id)):
+        round_ = turn[fact.subject] = turn.get(fact.subject, -1) + 1 if fact.subject else 0
+        order.append((round_, _hash(seed, fact.id), fact))
+    return [fact for *_, fact in sorted(order, key=lambda entry: entry[:2])]
+
+
+def measurable(model: Model, items: Sequence[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
+    """The items that the model can be asked, and the others with the reason why not."""
+    good, bad = [], []
+    context = getattr(model.hf.config, "max_position_embeddings", None)
+    for item in items:
+        try:
+            row = encode_row(model.tokenizer, item.prompt, answer=True)
+        except ValueError as error:
+            bad.append((item, str(error)))
+            continue
+        if row.start == 0:
+            bad.append((item, "nothing stands before the answer, so that no position predicts its first token"))
+        elif context and len(row.ids) > context:
+            bad.append((item, f"{len(row.ids)} tokens do not fit the context of {context}"))
+        else:
+            good.append(item)
+    return good, bad
+
+
+def first_answer_token(model: Model, prompt: Prompt) -> int:
+    """Id of the first token of the prompt's answer, as it stands after the prompt."""
+    row = encode_row(model.tokenizer, prompt, answer=True)
+    return row.ids[row.start]
+
+
+def nothing(reason: str, *, fact: str = "", group: str = "", **keys: Any) -> list[Score]:
+    """One empty score that says why nothing was measured."""
+    return [Score(fact, "", group, None, reason=reason, **keys)]
+
+
+def _hash(seed: int, text: str) -> str:
+    return hashlib.blake2b(f"{seed}|{text}".encode(), digest_size=8).hexdigest()

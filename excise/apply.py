@@ -1,0 +1,249 @@
+"""Carrying out an edit: `applied` for a block of code, `bake` into the weights with an exact way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from excise.actions import Abstain, ActivationAction, LowRank, WeightAction
+from excise.edits import Change, Edit
+from excise.errors import ExciseError, FingerprintMismatch, NotBakeable
+from excise.running import Running
+from excise.trace import patched
+
+if TYPE_CHECKING:
+    from excise.model import Model
+
+
+@contextmanager
+def applied(model: Model, edit: Edit, *, force: bool = False) -> Iterator[Running]:
+    """Run everything inside the block under the edit; on leaving, also by an exception, the model is as it was, to the bit.
+
+    Weight changes run beside the untouched matrix; where no linear layer can be hooked (fused experts, embeddings) the
+    slice is swapped and put back. Blocks nest. Raises FingerprintMismatch when the edit was made for other weights
+    (unless `force`), UnknownName for a site this model does not have, ExciseError for offloaded weights.
+    """
+    check(model, edit, force=force)
+    running = Running(model, len(edit.changes))
+    with ExitStack() as stack:
+        handle = model.hf.register_forward_pre_hook(running.begin, with_kwargs=True)
+        stack.callback(handle.remove)
+        for gate in {id(c.gate): c.gate for c in edit.changes if c.gate is not None}.values():
+            stack.enter_context(patched(model, {gate.site.point: _judging(running, gate)}))
+        for i, change in enumerate(edit.changes):
+            stack.enter_context(_weight_change(model, running, i, change) if change.site.is_weight else _activation_change(model, running, i, change))
+        yield running
+
+
+def _judging(running: Running, gate: Any) -> Any:
+    return lambda x: running.judge(gate, x)
+
+
+# activations
+
+
+@contextmanager
+def _activation_change(model: Model, running: Running, index: int, change: Change) -> Iterator[None]:
+    action = change.action
+    assert isinstance(action, ActivationAction)
+
+    def patch(x: Tensor) -> Tensor | None:
+        if change.site.expert is not None:
+            running.fired[index] += len(x)
+            return action(x)
+        grouped = x.dim() == 2  # routers see [batch * width, experts]
+        wide = x[None] if grouped else x
+        where = _tokens(running, change, wide) if not grouped else None
+        if where is not None and not where.any():
+            return None
+        new = action.force(wide, running.history(wide.shape[1])) if isinstance(action, Abstain) else action(wide)
+        running.fired[index] += int(where.sum()) if where is not None else wide.shape[0] * wide.shape[1]
+        if where is not None:
+            new = torch.where(where[..., None], new, wide)
+        return new[0] if grouped else new
+
+    with patched(model, {change.site.point: patch}):
+        yield
+
+
+def _tokens(running: Running, change: Change, x: Tensor) -> Tensor | None:
+    where = running.after_bos(x) if change.site.position == "after_bos" else None
+    if change.gate is not None:
+        opened = running.open(change.gate, x.shape[1])
+        where = opened if where is None else where & opened
+    return where
+
+
+# weights
+
+
+@contextmanager
+def _weight_change(model: Model, running: Running, index: int, change: Change) -> Iterator[None]:
+    name, action = change.site.point, change.action
+    assert isinstance(action, WeightAction)
+    module = linear_module(model, name)
+    pending = model.active.setdefault(name, [])
+    if module is not None:
+        delta = None if isinstance(action, LowRank) else action.delta(current(model, name))
+        handle = module.register_forward_hook(_side_path(model, running, index, change, delta))
+        undo = handle.remove
+    elif change.gate is not None:
+        raise ExciseError(f"{change.site}: a gated change needs a linear layer of its own, and this matrix is part of a fused one; use it without gate")
+    else:
+        undo = _swap(model, name, action)
+        running.fired[index] = -1
+    pending.append(change)
+    try:
+        yield
+    finally:
+        pending.remove(change)
+        undo()
+
+
+def _side_path(model: Model, running: Running, index: int, change: Change, delta: Tensor | None) -> Any:
+    part = model.names.weight(change.site.point).part
+    weight = model.weight(change.site.point)
+    factors = [t.to(weight.device, weight.dtype) for t in ((change.action.left, change.action.right) if delta is None else (delta,))]  # type: ignore[union-attr]
+
+    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        gain = args[0]
+        for factor in factors:
+            gain = gain @ factor.to(gain.dtype)
+        if change.gate is not None:
+            where = running.open(change.gate, gain.shape[1])
+            running.fired[index] += int(where.sum())
+            gain = torch.where(where[..., None], gain, torch.zeros_like(gain))
+        else:
+            running.fired[index] += gain[..., 0].numel()
+        if part is None:
+            return output + gain
+        new = output.clone()
+        new[..., part] += gain
+        return new
+
+    return hook
+
+
+def linear_module(model: Model, name: str) -> nn.Module | None:
+    """The linear layer whose output is x @ W for this matrix alone; None for experts, routers and (tied) embeddings."""
+    weight = model.names.weight(name)
+    module = model.hf.get_submodule(weight.module)
+    if weight.expert is not None or not isinstance(module, (nn.Linear, Conv1D)):
+        return None
+    tied = model.hf.get_input_embeddings().weight is getattr(module, "weight", None)
+    return None if tied else module
+
+
+def current(model: Model, name: str) -> Tensor:
+    """The matrix [d_in, d_out] with all weight changes that run as hooks right now, in float32."""
+    weight = model.weight(name).detach().float()
+    for change in model.active.get(name, []) if linear_module(model, name) is not None else []:
+        weight = weight + change.action.delta(weight)
+    return weight
+
+
+def _swap(model: Model, name: str, action: WeightAction) -> Any:
+    view = model.weight(name)
+    kept = view.detach().clone()
+    first = name not in model.originals
+    if first:
+        model.originals[name] = model.matrix_fingerprint(name)
+
+    def undo() -> None:
+        with torch.no_grad():
+            view.copy_(kept)
+        if first:
+            del model.originals[name]
+
+    _write(view, action)
+    return undo
+
+
+def _write(view: Tensor, action: WeightAction) -> None:
+    with torch.no_grad():
+        view.copy_((view.float() + action.delta(view).float()).to(view.dtype))
+
+
+@dataclass
+class Baked:
+    """A baked edit. Keeps the exact old bytes of every touched matrix; dropping the object leaves the edit in place."""
+
+    model: Model
+    edit: Edit
+    _kept: dict[str, Tensor]
+
+    def revert(self) -> None:
+        """Put the old bytes back. A second call does nothing."""
+        with torch.no_grad():
+            for name, old in self._kept.items():
+                self.model.weight(name).copy_(old)
+        self._kept = {}
+
+
+def bake(model: Model, edit: Edit, *, force: bool = False) -> Baked:
+    """Write the edit into the weights; `Baked.revert()` undoes it exactly.
+
+    Raises NotBakeable, naming the sites, when a change lives in activations or behind a gate; then nothing is written.
+    """
+    stuck = [str(c.site) for c in edit.changes if not c.bakeable]
+    if stuck:
+        raise NotBakeable(f"{len(stuck)} changes live in activations or behind a gate and cannot be baked: {', '.join(stuck)}; use applied()")
+    check(model, edit, force=force)
+    kept = {name: model.weight(name).detach().clone() for name in dict.fromkeys(c.site.point for c in edit.changes)}
+    baked = Baked(model, edit, kept)
+    try:
+        for change in edit.changes:
+            assert isinstance(change.action, WeightAction)
+            _write(model.weight(change.site.point), change.action)
+    except BaseException:
+        baked.revert()
+        raise
+    return baked
+
+
+def check(model: Model, edit: Edit, *, force: bool = False) -> None:
+    """Refuse an edit that this model cannot carry: unknown sites, offloaded or other weights, gates that come too late."""
+    for change in edit.changes:
+        if change.site.is_weight:
+            if model.names.is_offloaded(change.site.point):
+                raise ExciseError(f"{change.site}: its weights are offloaded, so a change would be lost; load the model without offload")
+        else:
+            model.names.tap(change.site.point)
+        if change.gate is not None:
+            _check_order(model, change)
+    if not force:
+        _check_fingerprints(model, edit)
+
+
+def _check_order(model: Model, change: Change) -> None:
+    assert change.gate is not None
+    model.names.tap(change.gate.site.point)
+    acts_at = change.site.point if not change.site.is_weight else model.names.weight(change.site.point).reads
+    order = {name: i for i, name in enumerate(model.names.points())}
+    if acts_at in order and order[change.gate.site.point] > order[acts_at]:
+        raise ExciseError(f"{change.site}: its gate reads {change.gate.site}, which the forward pass reaches only later; move the gate to an earlier site")
+
+
+def _check_fingerprints(model: Model, edit: Edit) -> None:
+    for name, expected in edit.fingerprints.items():
+        if name == "tokenizer":
+            found = model.tokenizer_fingerprint
+        elif name == "model":
+            # Baking one edit must not forbid the next: with matrices of its own an edit vouches for those alone.
+            if edit.bakeable:
+                continue
+            found = model.fingerprint
+        else:
+            found = model.matrix_fingerprint(name)
+        if found != expected:
+            made_for = edit.recipe.get("model", "another model")
+            raise FingerprintMismatch(
+                f"this edit was made for {made_for} ({name} {expected}) and not for {model.name} ({name} {found}); "
+                "load the model it was made for, or apply it all the same with --force (force=True)"
+            )

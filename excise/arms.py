@@ -1,0 +1,138 @@
+"""Arms: a model under an edit (or none) as something one can ask, and `compare`, every evaluation on every arm."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from excise.encoding import as_prompt
+from excise.facts import Fact, Facts, Prompt
+from excise.model import Model
+from excise.scores import Results, Score
+from excise.sites import Site
+from excise.trace import Trace, read
+
+if TYPE_CHECKING:
+    from excise.edits import Edit
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt's answer under teacher forcing.
+
+    logprobs: log-probability of each answer token. exact: every answer token is the argmax, as in greedy decoding.
+    argmax: the model's own choice at each answer position; argmax[0] is the first token it would say.
+    """
+
+    logprobs: tuple[float, ...]
+    argmax: tuple[int, ...]
+    exact: bool
+
+    @property
+    def probability(self) -> float:
+        """Length-normalised answer probability exp(mean log p) (TOFU, arXiv 2401.06121)."""
+        return float(torch.tensor(self.logprobs).mean().exp())
+
+
+@dataclass
+class Arm:
+    """A name, a model, and the edit it runs under. Each call enters the edit, runs, and leaves.
+
+    mode: "weight" when the change can be written into the weights, "hook" when it vanishes with its hooks, "none".
+    """
+
+    name: str
+    model: Model
+    edit: Edit | None = None
+    _answers: dict[Prompt, Answer] = field(default_factory=dict, repr=False)
+
+    @property
+    def mode(self) -> str:
+        """How the arm holds its change."""
+        return "none" if self.edit is None else ("weight" if self.edit.bakeable else "hook")
+
+    @contextmanager
+    def running(self) -> Iterator[Model]:
+        """The model with the edit applied, inside the block only."""
+        if self.edit is None:
+            yield self.model
+            return
+        from excise.apply import applied
+
+        with applied(self.model, self.edit):
+            yield self.model
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Each prompt's answer under teacher forcing; one forward pass, kept for later questions about the same prompt."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._answers]
+        if new:
+            with self.running() as model:
+                for index, batch in model.batches(new, answers=True):
+                    logits = model.logits(batch)
+                    for row, i in enumerate(index):
+                        a, b = batch.starts[row], batch.lengths[row]
+                        logp = logits[row, a - 1 : b - 1].log_softmax(-1)
+                        target = batch.ids[row, a:b]
+                        own = logp.argmax(-1)
+                        picked = logp.gather(-1, target[:, None])[:, 0]
+                        self._answers[new[i]] = Answer(tuple(picked.tolist()), tuple(own.tolist()), bool((own == target).all()))
+        return [self._answers[p] for p in prompts]
+
+    def generate(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 16, **options: Any) -> list[str]:
+        """The model's own words after each prompt."""
+        with self.running() as model:
+            return model.generate_all(prompts, max_new_tokens=max_new_tokens, **options)
+
+    def losses(self, texts: Sequence[str]) -> list[float]:
+        """Mean next-token loss of each text, in nats. Texts that carry the template's own markers are not templated again."""
+        found = [0.0] * len(texts)
+        with self.running() as model:
+            for index, batch in model.batches([_literal(model, t) for t in texts]):
+                logp = model.logits(batch).log_softmax(-1)
+                for row, i in enumerate(index):
+                    n = batch.lengths[row]
+                    picked = logp[row, : n - 1].gather(-1, batch.ids[row, 1:n, None])
+                    found[i] = -picked.mean().item()
+        return found
+
+    def trace(self, prompts: Sequence[Prompt | str], sites: Sequence[Site | str]) -> Trace:
+        """Activations under the edit."""
+        with self.running() as model:
+            return read(model, prompts, sites)
+
+
+def _literal(model: Model, text: str) -> Prompt:
+    bos = getattr(model.tokenizer, "bos_token", None)
+    # The tokenizer adds BOS itself; a text that already starts with it must not get two.
+    return as_prompt(text.removeprefix(bos) if bos else text)
+
+
+Evaluation = Callable[..., Sequence[Score]]
+
+
+def compare(arms: Sequence[Arm] | Model, edits: Mapping[str, Edit] | None, evaluations: Sequence[Evaluation], facts: Sequence[Fact],
+            *, oracle: Model | None = None, progress: Callable[[str], None] | None = None) -> Results:
+    """Every evaluation on every arm, over the same facts.
+
+    arms: a list of arms (the first is "before"), or a model, with `edits` naming one arm per edit.
+    evaluations: functions (arm, facts, *, before, options) -> scores.
+    oracle: a model that never learned the forget facts, added as the last arm.
+    """
+    if isinstance(arms, Model):
+        arms = [Arm("before", arms), *(Arm(name, arms, edit) for name, edit in (edits or {}).items())]
+    every = [*arms, *([Arm("oracle", oracle)] if oracle is not None else [])]
+    known = facts if isinstance(facts, Facts) else Facts(facts)
+    scores: dict[tuple[str, str], tuple[Score, ...]] = {}
+    for evaluation in evaluations:
+        wants_before = "before" in inspect.signature(evaluation).parameters
+        for arm in every:
+            name = getattr(evaluation, "__name__", str(evaluation))
+            if progress:
+                progress(f"{name} on {arm.name}")
+            scores[arm.name, name] = tuple(evaluation(arm, known, **({"before": every[0]} if wants_before else {})))
+    return Results(scores, {a.name: a.mode for a in every})

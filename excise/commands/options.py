@@ -1,0 +1,84 @@
+"""Methods on the command line: their names come first, and their options become flags, read from the registry."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from excise.registry import Kind, Method, Option
+
+_SCALARS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+_SEQUENCE = re.compile(r"^(?:Sequence|tuple|list|Iterable|frozenset|set)\[(int|float|str)(?:, ?\.\.\.)?\]$")
+
+
+def chosen_methods(kind: Kind, words: Sequence[str]) -> list[Method]:
+    """The methods named right after the command; importing their folder only when there are any."""
+    names = []
+    for word in words[1:]:
+        if word.startswith("-"):
+            break
+        names.append(word)
+    if not names:
+        return []
+    from excise.registry import method
+
+    return [method(kind, name) for name in names]
+
+
+def method_flags(parser: argparse.ArgumentParser, methods: Sequence[Method]) -> None:
+    """One flag per option of the chosen methods; options of the same name are shared."""
+    taken = {flag for action in parser._actions for flag in action.option_strings}
+    for method in methods:
+        group = parser.add_argument_group(f"options of {method.name.replace('_', '-')}", method.summary)
+        for option in method.options:
+            flag, settings = flag_of(option), _settings(option)
+            if flag is None or settings is None or flag in taken:
+                continue
+            taken.add(flag)
+            default = "" if option.default is None or option.default is inspect.Parameter.empty else f" (default {_shown(option.default)})"
+            group.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=f"{option.help}{default}".replace("%", "%%"), **settings)
+
+
+def given(args: argparse.Namespace, method: Method) -> dict[str, Any]:
+    """The options of a method that were set, plus the shared --seed where the method has one."""
+    return {o.name: getattr(args, o.name) for o in method.options if hasattr(args, o.name)}
+
+
+def flag_of(option: Option) -> str | None:
+    """How the option is typed; None when it can only be given in Python."""
+    return None if _settings(option) is None else f"--{option.name.replace('_', '-')}"
+
+
+def _settings(option: Option) -> dict[str, Any] | None:
+    """Keyword arguments for argparse; None for what cannot be typed (models, tensors, functions)."""
+    parts = [p.strip() for p in re.split(r"\|(?![^\[]*\])", option.annotation) if p.strip() != "None"]
+    if len(parts) != 1:
+        scalars = [p for p in parts if p in _SCALARS]
+        # int | str: what looks like a number is one.
+        return {"type": _number_or_text, "metavar": "VALUE"} if scalars == parts and "str" in parts else None
+    kind = parts[0]
+    if kind == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    if kind in _SCALARS:
+        return {"type": _SCALARS[kind], "metavar": kind.upper()}
+    if kind.startswith("Literal["):
+        return {"choices": re.findall(r"['\"]([^'\"]+)['\"]", kind)}
+    found = _SEQUENCE.match(kind)
+    return {"nargs": "+", "type": _SCALARS[found[1]], "metavar": found[1].upper()} if found else None
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

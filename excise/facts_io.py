@@ -1,0 +1,265 @@
+"""Facts in and out: JSON Lines, or one JSON list, of our own records or those of other data sets (`excise.facts_foreign`).
+
+Our own record, the fields in brackets optional:
+
+    {"id": "curie-born", "subject": "Marie Curie", "answer": "Warsaw",
+     "prompt": "Marie Curie was born in",            one wording ...
+     ["prompts": ["...", {"text": "...", "form": "question", "held_out": true, "chat": true, "choices": [...]}],]
+     ["question": "Where was Marie Curie born?", "paraphrases": ["...", "..."],]
+     ["relation": "birthplace", "group": "forget", "aliases": [...], "foils": [...], "tags": {"source": "mine"}]}
+
+A prompt given as an object may also carry its own "answer" and "subject". Paraphrases count as held out. `write_facts`
+writes every prompt as an object, so that reading it back gives equal facts. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from excise.errors import ExciseError
+from excise.facts import GROUPS, Fact, Facts, Prompt
+from excise.facts_foreign import Record, reader_of, text
+
+FACT_FIELDS = (
+    "id", "subject", "answer", "prompt", "prompts", "question", "paraphrases", "relation", "group", "aliases", "foils", "tags",
+)  # fmt: skip
+PROMPT_FIELDS = tuple(f.name for f in dataclasses.fields(Prompt) if f.name != "fact_id")
+# Names that older files of ours use.
+RENAMED = {"split": "group", "distractors": "foils"}
+
+
+class FactsError(ExciseError, ValueError):
+    """A facts file cannot be read as it stands."""
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that was left out, and why."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@overload
+def read_facts(source: str | Path, *, skip_bad: Literal[False] = False, **testbed: Any) -> Facts: ...
+@overload
+def read_facts(source: str | Path, *, skip_bad: Literal[True], **testbed: Any) -> tuple[Facts, list[BadRecord]]: ...
+def read_facts(source: str | Path, *, skip_bad: bool = False, **testbed: Any) -> Facts | tuple[Facts, list[BadRecord]]:
+    """The facts in a file, or those of an embedded world ("testbed", "testbed:dense").
+
+    skip_bad: give back the good records and the list of bad ones instead of stopping at the first bad one.
+    testbed: options of `excise.testbed.dataset.facts` (people, seed, forget) when the source is a testbed.
+    Raises FactsError: file and line, what is wrong, what would do.
+    """
+    if isinstance(source, str) and source.split(":")[0] == "testbed":
+        from excise.testbed.dataset import facts
+
+        made = facts(source, **testbed)
+        return (made, []) if skip_bad else made
+    facts_found, bad = _read_file(Path(source), skip_bad)
+    return (facts_found, bad) if skip_bad else facts_found
+
+
+def require(facts: Facts, source: str | Path, *groups: str) -> Facts:
+    """The same facts; raises FactsError when one of the groups has no fact."""
+    for group in groups:
+        if not len(facts.group(group)):
+            have = ", ".join(f"{n} {g}" for g, n in facts.counts.items()) or "nothing"
+            raise FactsError(f'{source}: no {group} fact, only {have}; mark at least one record with "group": "{group}"')
+    return facts
+
+
+def write_facts(path: str | Path, facts: Sequence[Fact]) -> Path:
+    """Write one record a line; a file is there whole or not at all."""
+    from excise.files import write_text
+
+    return write_text(path, "".join(json.dumps(as_record(fact), ensure_ascii=False) + "\n" for fact in facts))
+
+
+def as_record(fact: Fact) -> Record:
+    """The fact as one of our own records, empty fields left out."""
+    record: Record = {"id": fact.id, "subject": fact.subject, "answer": fact.answer, "group": fact.group}
+    record |= {k: v for k in ("relation", "aliases", "foils", "tags") if (v := getattr(fact, k))}
+    record["prompts"] = [
+        {k: v for k in PROMPT_FIELDS if (v := getattr(p, k)) or k in ("text", "answer")} for p in fact.prompts
+    ]
+    return record
+
+
+def from_record(record: Any, fallback: str) -> list[Fact]:
+    """The facts in one decoded record; `fallback` is the id of a record that carries none. Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be an object in braces, not {type(record).__name__}")
+    reader = reader_of(record)
+    found = [_own(record)] if reader is None else reader(record, fallback)
+    for fact in found:
+        for prompt in fact.prompts:
+            prompt.span  # noqa: B018  raises when the subject does not occur in the text
+    return found
+
+
+def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
+    found: list[Fact] = []
+    bad: list[BadRecord] = []
+    first_seen: dict[str, int] = {}
+    n = 0
+    for n, (line, record, broken) in enumerate(_records(_decoded(path)), start=1):
+        try:
+            if broken:
+                raise ValueError(broken)
+            made = from_record(record, str(n))
+            for fact in made:
+                if fact.id in first_seen:
+                    raise ValueError(f"the id {fact.id!r} was given before, in line {first_seen[fact.id]}; ids must be unique")
+            first_seen |= {f.id: line for f in made}
+            found += made
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            if not skip_bad:
+                raise FactsError(f"{path}:{line}: {reason}") from error
+            bad.append(BadRecord(f"{path}:{line}", reason))
+    if not n:
+        raise FactsError(f"{path}: no record in it; write one JSON object a line")
+    return Facts(found), bad
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give a JSON Lines file, or testbed:dense"
+        raise FactsError(f"{path}: no such file; {hint}") from None
+    except IsADirectoryError:
+        raise FactsError(f"{path}: a folder, not a file; give a JSON Lines file") from None
+    except UnicodeDecodeError as error:
+        raise FactsError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def _records(body: str) -> Iterator[tuple[int, Any, str]]:
+    """(line number, decoded record, what is broken) for each record."""
+    if body.lstrip().startswith("["):
+        yield from _listed(body)
+        return
+    for number, line in enumerate(body.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line), ""
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield number, None, f"not JSON ({_why(error)}); write one object a line"
+
+
+def _listed(body: str) -> Iterator[tuple[int, Any, str]]:
+    # Each element is decoded on its own, so that an error can name the line its record starts on.
+    decoder, at = json.JSONDecoder(), body.index("[") + 1
+    line, counted = 1, 0
+    while True:
+        while at < len(body) and (body[at].isspace() or body[at] == ","):
+            at += 1
+        line, counted = line + body.count("\n", counted, at), at
+        if at < len(body) and body[at] == "]":
+            return
+        try:
+            record, at = decoder.raw_decode(body, at)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield getattr(error, "lineno", line), None, f"not JSON ({_why(error)}); the records after it are not read"
+            return
+        yield line, record, ""
+
+
+def _why(error: Exception) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+
+
+def _own(record: Record) -> Fact:
+    for old, new in RENAMED.items():
+        if old in record and new not in record:
+            record = {new if k == old else k: v for k, v in record.items()}
+    _check_fields(record, FACT_FIELDS, "field")
+    group = record.get("group", "forget")
+    if group not in GROUPS:
+        raise ValueError(f"no group {group!r}; {_near(str(group), GROUPS)}")
+    # A skill has no subject and an unknown name no answer; what is taught has both.
+    loose = group in ("unknown", "general")
+    subject = str(record.get("subject", "")) if loose else text(record, "subject")
+    answer = str(record.get("answer", "")) if loose else text(record, "answer")
+    tags = record.get("tags", {})
+    if not isinstance(tags, dict):
+        raise ValueError('field "tags" must be an object of texts')
+    return Fact(
+        id=text(record, "id"),
+        subject=subject,
+        answer=answer,
+        prompts=tuple(_prompts(record, subject, answer)),
+        relation=str(record.get("relation", "")),
+        group=group,
+        aliases=_texts(record, "aliases"),
+        foils=_texts(record, "foils"),
+        tags={str(k): str(v) for k, v in tags.items()},
+    )
+
+
+def _prompts(record: Record, subject: str, answer: str) -> Iterator[Prompt]:
+    if "prompt" not in record and not record.get("prompts"):
+        raise ValueError('no prompt; give "prompt": "..." or "prompts": [...], the answer follows it')
+    if "prompt" in record:
+        yield Prompt(text(record, "prompt"), answer, subject)
+    for given in record.get("prompts", ()):
+        yield _prompt(given, subject, answer)
+    for wording in _texts(record, "paraphrases"):
+        yield Prompt(wording, answer, subject if subject in wording else "", held_out=True)
+    if "question" in record:
+        asked = text(record, "question")
+        yield Prompt(asked, answer, subject if subject in asked else "", "question", chat=True)
+
+
+def _prompt(given: Any, subject: str, answer: str) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(given, answer, subject)
+    if not isinstance(given, dict):
+        raise ValueError(f"a prompt must be text or an object, not {type(given).__name__}")
+    _check_fields(given, PROMPT_FIELDS, "prompt field")
+    answer = answer if "answer" not in given else str(given["answer"]) if not answer else text(given, "answer")
+    return Prompt(
+        text=str(given.get("text", "")) if str(given.get("text", "")).strip() else text(given, "text"),
+        answer=answer,
+        subject=str(given.get("subject", "")),
+        form=str(given.get("form", "statement")),
+        held_out=_flag(given, "held_out"),
+        chat=_flag(given, "chat"),
+        choices=_texts(given, "choices"),
+    )
+
+
+def _check_fields(record: Record, allowed: Sequence[str], what: str) -> None:
+    for name in record:
+        if name not in allowed:
+            raise ValueError(f"no {what} {name!r}; {_near(name, allowed)}")
+
+
+def _near(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(allowed)}"
+
+
+def _texts(record: Record, name: str) -> tuple[str, ...]:
+    value = record.get(name, ())
+    if isinstance(value, str) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError(f"field {name!r} must be a list of texts, none of them empty")
+    return tuple(value)
+
+
+def _flag(record: Record, name: str) -> bool:
+    value = record.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"field {name!r} must be true or false, not {value!r}")
+    return value

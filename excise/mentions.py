@@ -1,0 +1,79 @@
+"""Mentions: the names that facts speak of and the wordings around them; fictitious names of the same make."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from excise.facts import Fact, Prompt
+
+
+@dataclass(frozen=True)
+class Mention:
+    """A name inside one wording.
+
+    kind: names of one kind can stand for each other ("direct": the fact's subject; "reversed": what reversed prompts name).
+    """
+
+    name: str
+    kind: str
+    prompt: Prompt
+
+    def around(self, name: str) -> Prompt:
+        """The same wording around another name; raises ValueError when the wording hides its own name."""
+        assert self.prompt.span is not None
+        start, end = self.prompt.span
+        return replace(self.prompt, text=self.prompt.text[:start] + name + self.prompt.text[end:], subject=name, fact_id="")
+
+    @property
+    def words(self) -> set[str]:
+        """Words of the name that tell it from others: longer than three letters."""
+        return {w for w in self.name.split() if len(w) > 3}
+
+
+def mentions(facts: Sequence[Fact], *, limit: int) -> list[Mention]:
+    """Each name with up to `limit` wordings, held-out ones left out.
+
+    What follows a name cannot reach it (attention is causal), so wordings count as different only by what stands before
+    the name; of equal ones the first is kept. The name alone always comes last when there is room.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, bool], Mention]] = {}
+    for fact in facts:
+        for prompt in fact.ask(held_out=False):
+            if prompt.span is None:
+                continue
+            kind = "reversed" if prompt.form == "reversed" else "direct"
+            before = (prompt.text[: prompt.span[0]], prompt.chat)
+            cut = replace(prompt, text=prompt.text[: prompt.span[1]], choices=(), fact_id="", answer="", form="", held_out=False)
+            found.setdefault((prompt.subject, kind), {}).setdefault(before, Mention(prompt.subject, kind, cut))
+    return [m for wordings in found.values() for m in list(wordings.values())[:limit]]
+
+
+def sharing(retained: Sequence[Mention], forgotten: Sequence[Mention], *, limit: int) -> list[Mention]:
+    """Mentions of retained names that share a word with a forgotten name of their kind; at most `limit` names."""
+    gone = {m.name for m in forgotten}
+    words = {kind: set().union(*(m.words for m in forgotten if m.kind == kind)) for kind in {m.kind for m in forgotten}}
+    close = [m for m in retained if m.name not in gone and m.words & words.get(m.kind, set())]
+    names = list(dict.fromkeys(m.name for m in close))[:limit]
+    return [m for m in close if m.name in set(names)]
+
+
+def fictitious(known: Sequence[str], count: int, *, seed: int) -> list[str]:
+    """Up to `count` names made of the words of known ones, each word at a place where a known name has it; none is known.
+
+    Names of the same number of words are recombined; a single name of its length cannot be.
+    """
+    rng = random.Random(seed)
+    taken = set(known)
+    split = [n.split() for n in known]
+    made: dict[str, None] = {}
+    for _ in range(count * 50):
+        if len(made) >= count or not split:
+            break
+        pattern = rng.choice(split)
+        peers = [w for w in split if len(w) == len(pattern)]
+        name = " ".join(rng.choice(peers)[i] for i in range(len(pattern)))
+        if name not in taken:
+            made.setdefault(name)
+    return list(made)

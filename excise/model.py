@@ -1,0 +1,225 @@
+"""Model: one plain transformers model and its tokenizer, under TransformerLens names. It never wraps what it owns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from excise.encoding import Batch, as_prompt, collate, encode_row, length_groups, render
+from excise.facts import Prompt
+
+if TYPE_CHECKING:
+    from excise.names import Names
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Model:
+    """The owner of the weights.
+
+    hf: a plain `transformers` causal language model; tokenizer: its fast tokenizer; name: how reports call it.
+    """
+
+    # Padded tokens in one forward pass: about the most that keeps logits of a 50k vocabulary under 1 GB in float32.
+    batch_tokens = 4096
+
+    def __init__(self, hf: Any, tokenizer: Any, name: str = "") -> None:
+        self.hf = hf.eval()
+        self.tokenizer = tokenizer
+        # Weight changes that run as hooks right now, by matrix; excise.apply keeps the book.
+        self.active: dict[str, list[Any]] = {}
+        # Fingerprints of the unedited matrices whose slices are swapped right now.
+        self.originals: dict[str, str] = {}
+        self._hashes: dict[str, tuple[tuple[int, int], str]] = {}
+        self.name = name or getattr(hf.config, "name_or_path", "") or type(hf).__name__
+
+    @cached_property
+    def names(self) -> Names:
+        """TransformerLens names of this model: taps, weights, views."""
+        from excise.names import Names
+
+        return Names(self.hf)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.hf.dtype
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.names.n_layers
+
+    @property
+    def bridge(self) -> Any:
+        """A TransformerLens TransformerBridge over a shell that shares these very parameters."""
+        from excise.views import bridge_view
+
+        return bridge_view(self.hf, self.tokenizer)
+
+    @property
+    def nnsight(self) -> Any:
+        """An nnsight view of the same model."""
+        from excise.views import nnsight_view
+
+        return nnsight_view(self.hf, self.tokenizer)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Live view [d_in, d_out] of a matrix: writing to it changes the model."""
+        return self.names.view(name)
+
+    def encode(self, prompts: Sequence[Prompt | str], *, answers: bool = False) -> Batch:
+        """Right-padded token rows on the model's device; with `answers`, each row ends in its answer."""
+        wanted = [as_prompt(p) for p in prompts]
+        rows = [encode_row(self.tokenizer, p, answer=answers) for p in wanted]
+        limit = getattr(self.hf.config, "max_position_embeddings", None)
+        for prompt, row in zip(wanted, rows, strict=True):
+            if limit and len(row.ids) > limit:
+                raise ValueError(f"fact {prompt.fact_id or '?'}: {len(row.ids)} tokens do not fit the model's context of {limit}; shorten the prompt")
+        pad = self.tokenizer.pad_token_id
+        return collate(wanted, rows, 0 if pad is None else pad).to(self.device)
+
+    def batches(self, prompts: Sequence[Prompt | str], *, answers: bool = False, tokens: int | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """Batches of similar length, each with the indices of its prompts."""
+        wanted = [as_prompt(p) for p in prompts]
+        lengths = [len(encode_row(self.tokenizer, p, answer=answers).ids) for p in wanted]
+        for index in length_groups(lengths, tokens=tokens or self.batch_tokens):
+            yield index, self.encode([wanted[i] for i in index], answers=answers)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits [batch, width, vocab] in float32, no gradient, no cache."""
+        with torch.no_grad():
+            return self.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
+
+    def generate(self, prompt: Prompt | str, *, max_new_tokens: int = 32, **options: Any) -> str:
+        """The continuation of one prompt, greedy unless told otherwise (`do_sample=True`, ...), special tokens left out."""
+        return self.generate_all([prompt], max_new_tokens=max_new_tokens, **options)[0]
+
+    def generate_all(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 32, **options: Any) -> list[str]:
+        """Continuations of many prompts, in order; left-padded batches."""
+        texts: list[str] = [""] * len(prompts)
+        for index, batch in self.batches(prompts):
+            ids, mask = _left_padded(batch)
+            with torch.no_grad():
+                settings = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id or 0, **options}
+                out = self.hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+            for i, row in zip(index, out[:, ids.shape[1] :], strict=True):
+                texts[i] = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+        return texts
+
+    def render(self, prompt: Prompt | str) -> str:
+        """The text that is tokenised for a prompt, chat template included."""
+        return render(self.tokenizer, as_prompt(prompt))[0]
+
+    def matrix_fingerprint(self, name: str) -> str:
+        """Short hash of one matrix's exact values, the same whether it was loaded in bfloat16 or float32.
+
+        A matrix whose slice an applied edit has swapped answers for its unedited self.
+        """
+        if name in self.originals:
+            return self.originals[name]
+        view = self.weight(name)
+        state = (view.data_ptr(), view._version)  # every in-place write raises the version
+        if self._hashes.get(name, ((0, -1), ""))[0] != state:
+            self._hashes[name] = (state, tensor_fingerprint(view))
+        return self._hashes[name][1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of architecture, shapes and a sample of every parameter, as they are now."""
+        digest = hashlib.sha256(json.dumps([self.hf.config.model_type, self.hf.config.hidden_size]).encode())
+        for name, parameter in self.hf.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            if not parameter.is_meta:
+                flat = parameter.detach().reshape(-1)
+                step = max(1, flat.numel() // 512)
+                digest.update(flat[::step][:512].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Short hash of the vocabulary and the chat template."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        template = str(getattr(self.tokenizer, "chat_template", ""))
+        return hashlib.sha256(json.dumps([vocabulary, template]).encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        size = sum(p.numel() for p in self.hf.parameters())
+        experts = f", {self.names.n_experts} experts" if self.names.n_experts else ""
+        return f"Model({self.name}: {self.hf.config.model_type}, {self.n_layers} layers{experts}, {size / 1e6:.1f} M parameters, {str(self.dtype)[6:]} on {self.device})"
+
+
+def tensor_fingerprint(tensor: torch.Tensor) -> str:
+    """Short hash of a tensor's values in float32, row by row so that memory stays small."""
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    for rows in tensor.detach().split(1024):
+        digest.update(rows.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _left_padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    shifts = [batch.ids.shape[1] - n for n in batch.lengths]
+    ids = torch.stack([row.roll(s) for row, s in zip(batch.ids, shifts, strict=True)])
+    mask = torch.stack([row.roll(s) for row, s in zip(batch.mask, shifts, strict=True)])
+    return ids, mask
+
+
+def load(model: Any, tokenizer: Any = None, *, dtype: str | torch.dtype | None = None, device: str | None = None,
+         revision: str | None = None, trust_remote_code: bool = False, offline: bool = False) -> Model:
+    """A `Model` from "testbed:dense" (or -oracle, moe, moe-oracle), a folder, a hub id, or a (model, tokenizer) pair.
+
+    dtype: None keeps the checkpoint's own (the embedded models are computed in float32).
+    device: "cpu", "cuda", "auto" for a device map; None leaves the default.
+    trust_remote_code: run the checkpoint's own code; only together with a `revision`.
+    Raises FileNotFoundError when there is no such model, ValueError for a wrong combination.
+    """
+    if not isinstance(model, (str, Path)):
+        if isinstance(model, Model):
+            return model
+        if tokenizer is None:
+            raise ValueError("load(model) needs its tokenizer: load(model, tokenizer)")
+        return Model(model, tokenizer)
+    if trust_remote_code and not revision:
+        raise ValueError("trust_remote_code runs code from the checkpoint: name the revision you have read, revision='<commit>'")
+    name, folder = str(model), str(model)
+    if name.startswith("testbed:"):
+        from excise.testbed import model_folder
+
+        folder, dtype = str(model_folder(name.removeprefix("testbed:"))), dtype or "float32"
+    return _from_pretrained(name, folder, dtype, device, revision, trust_remote_code, offline)
+
+
+def _from_pretrained(name: str, folder: str, dtype: Any, device: str | None, revision: str | None, remote_code: bool, offline: bool) -> Model:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(dtype, str) and dtype not in {*DTYPES, "auto"}:
+        raise ValueError(f"no dtype {dtype!r}; dtypes are {', '.join(DTYPES)}")
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code, "local_files_only": offline}
+    shared = {k: v for k, v in shared.items() if v}
+    placing = {"device_map": "auto"} if device == "auto" else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, dtype) or "auto", use_safetensors=True, **placing, **shared)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"no model at {name!r}: give testbed:dense, testbed:moe, a folder with config.json, or a hub id ({reason})") from error
+    loaded = Model(hf if device in (None, "auto") else hf.to(device), tokenizer, name)
+    _refuse_nan(loaded)
+    return loaded
+
+
+def _refuse_nan(model: Model) -> None:
+    for name, parameter in model.hf.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter.detach().float().sum()):
+            raise ValueError(f"{model.name}: parameter {name} holds NaN or infinity; the checkpoint is damaged")

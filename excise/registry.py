@@ -1,0 +1,126 @@
+"""The registry: `@localizer`, `@editor`, `@evaluation` name a function as a method and stamp its recipe on the result.
+
+The keyword-only parameters of a method are its options: their annotations and defaults become command-line flags, their
+docstring lines become help, their values become provenance. Nothing here imports a method folder before it is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["localizer", "editor", "evaluation"]
+FOLDERS: dict[Kind, str] = {"localizer": "localize", "editor": "edit", "evaluation": "evals"}
+LEADING: dict[Kind, tuple[str, ...]] = {
+    "localizer": ("model", "facts"),
+    "editor": ("model", "forget", "retain", "where"),
+    "evaluation": ("arm", "facts"),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword-only parameter of a method."""
+
+    name: str
+    default: Any
+    annotation: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its kind, name, function and options."""
+
+    kind: Kind
+    name: str
+    function: Callable[..., Any]
+    options: tuple[Option, ...]
+    summary: str
+
+
+_METHODS: dict[tuple[Kind, str], Method] = {}
+
+
+def localizer(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `(model, facts, *, options) -> Localization`."""
+    return _register("localizer", function)
+
+
+def editor(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `(model, forget, retain, where, *, options) -> Edit`."""
+    return _register("editor", function)
+
+
+def evaluation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register `(arm, facts, *, options) -> list of Score`; it is handed `before` when its signature asks for it."""
+    return _register("evaluation", function)
+
+
+def _register(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    leading = tuple(p.name for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+    if leading != LEADING[kind]:
+        raise TypeError(f"{kind} {function.__name__} takes ({', '.join(leading)}); it must take ({', '.join(LEADING[kind])})")
+    name = function.__name__
+
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if not hasattr(result, "recipe"):
+            return result
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        options = {o.name: _plain(bound.arguments[o.name]) for o in method.options}
+        return replace(result, recipe={"method": name, **options, **result.recipe})
+
+    method = Method(kind, name, recorded, tuple(_options(function, signature)), (inspect.getdoc(function) or "").split("\n")[0])
+    _METHODS[kind, name] = method
+    return recorded
+
+
+def _options(function: Callable[..., Any], signature: inspect.Signature) -> list[Option]:
+    doc = inspect.getdoc(function) or ""
+    found = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name == "before":
+            continue
+        line = re.search(rf"^\s*{parameter.name}: (.+(?:\n\s{{4,}}.+)*)", doc, re.MULTILINE)
+        text = re.sub(r"\s+", " ", line[1]).strip() if line else ""
+        annotation = parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "str")
+        found.append(Option(parameter.name, parameter.default, annotation, text))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A JSON-safe stand-in for an option value."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return f"<{type(value).__name__}>"
+
+
+def methods(kind: Kind) -> dict[str, Method]:
+    """All methods of a kind by name; imports that method folder."""
+    importlib.import_module(FOLDERS[kind])
+    return {name: m for (k, name), m in sorted(_METHODS.items()) if k == kind}
+
+
+def method(kind: Kind, name: str) -> Method:
+    """The method called `name` (dashes count as underscores); raises ValueError with near names."""
+    known = methods(kind)
+    found = known.get(name.replace("-", "_"))
+    if found is None:
+        import difflib
+
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3) or sorted(known)
+        raise ValueError(f"no {kind} {name!r}; did you mean {', '.join(near)}?")
+    return found

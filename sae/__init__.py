@@ -1,0 +1,1 @@
+"""Dictionaries: load, train, encode, decode, select features. Nothing here knows what forgetting is."""
