@@ -46,7 +46,7 @@ def rocr(model: Model, forget: Sequence[Fact], retain: Sequence[Fact], where: Lo
     contexts: wordings in which each name is read.
     names: how many names make the centroid.
     mode: "ridge" or "hard", see excise.solve.solve_edit.
-    ridge: relative ridge of the key system and of the covariance.
+    ridge: relative ridge of the key system; larger writes less and bounds the change.
     protect: how many retain names that share a word with a forget name are held fixed.
     texts: ordinary text for the covariance; None uses the retain facts.
     budget: tokens of ordinary text to read.
@@ -68,7 +68,7 @@ def rocr(model: Model, forget: Sequence[Fact], retain: Sequence[Fact], where: Lo
     edit = Edit((), fingerprints={"tokenizer": model.tokenizer_fingerprint})
     reports = []
     for i, layer in enumerate(chosen):
-        metrics = {n: Covariance(m.second, ridge) for n, m in cost.items()}
+        metrics = {n: Covariance(m.second) for n, m in cost.items()}
         changes, report = _one_layer(model, edit, layer, last, len(chosen) - i, told, goals, guarded, metrics, mode, ridge)
         prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
         edit = replace(edit, changes=edit.changes + changes, fingerprints={**edit.fingerprints, **prints})

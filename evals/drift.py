@@ -16,17 +16,18 @@ from excise.scores import Score
 @evaluation
 def drift(
     arm: Arm, facts: Sequence[Fact], *, before: Arm, texts: tuple[str, ...] = (), groups: tuple[str, ...] = ("retain", "neighbour"),
-    limit: int = 48, seed: int = 0,
+    forms: tuple[str, ...] = ("statement", "question"), limit: int = 24, seed: int = 0,
 ) -> list[Score]:  # fmt: skip
     """Loss on general text, its change relative to `before`, and KL(before || arm) per token on prompts to keep.
 
     Variants: "loss" (nats per token), "relative change" (of the loss; 0.01 is one per cent worse), "kl" (nats per token).
     texts: general texts; when empty, the facts of group "general".
     groups: groups whose prompts the divergence is taken on.
+    forms: forms of those prompts; all when empty.
     limit: most texts, and most prompts per group, form and side of the held-out split; 0 for all.
     seed: which prompts are taken when there are more.
     """
-    return [*_text_loss(arm, facts, before, texts, limit, seed), *_divergence(arm, facts, before, groups, limit, seed)]
+    return [*_text_loss(arm, facts, before, texts, limit, seed), *_divergence(arm, facts, before, groups, forms, limit, seed)]
 
 
 def token_kl(reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -67,8 +68,11 @@ def _answer_losses(arm: Arm, prompts: Sequence[Prompt]) -> list[float]:
     return [-sum(a.logprobs) / len(a.logprobs) for a in arm.answers(prompts)]
 
 
-def _divergence(arm: Arm, facts: Sequence[Fact], before: Arm, groups: tuple[str, ...], limit: int, seed: int) -> list[Score]:
-    items, _ = measurable(arm.model, sample(facts, groups=groups, limit=limit, seed=seed))
+def _divergence(
+    arm: Arm, facts: Sequence[Fact], before: Arm, groups: tuple[str, ...], forms: tuple[str, ...], limit: int, seed: int
+) -> list[Score]:
+    chosen = sample(facts, groups=groups, forms=forms, limit=limit, seed=seed)
+    items, _ = measurable(arm.model, chosen or sample(facts, groups=groups, limit=limit, seed=seed))
     if not items:
         return nothing(f"no facts of the groups {', '.join(groups)}", variant="kl")
     if arm.model is not before.model and arm.model.tokenizer_fingerprint != before.model.tokenizer_fingerprint:

@@ -16,7 +16,7 @@ GROUPS = ("forget", "retain", "neighbour")
 
 
 @evaluation
-def form_spread(arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 48, seed: int = 0) -> list[Score]:
+def form_spread(arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 32, seed: int = 0) -> list[Score]:
     """Answer probability of each fact in its easiest and its hardest form, and the spread between the two.
 
     For a fact to forget the easiest form is the leak; for one to keep the hardest form is the damage. Only forms in which

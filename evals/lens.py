@@ -21,7 +21,7 @@ NEAR = 5
 @evaluation
 def lens(
     arm: Arm, facts: Sequence[Fact], *, before: Arm, forms: tuple[str, ...] = ("statement", "question"), groups: tuple[str, ...] = GROUPS,
-    limit: int = 32, seed: int = 0,
+    limit: int = 24, seed: int = 0,
 ) -> list[Score]:  # fmt: skip
     """What the residual stream after each block says at the last prompt position, through the final norm and head of `before`.
 

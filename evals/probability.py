@@ -13,7 +13,7 @@ from excise.scores import Score
 
 @evaluation
 def probability(
-    arm: Arm, facts: Sequence[Fact], *, groups: tuple[str, ...] = KNOWN, forms: tuple[str, ...] = (), limit: int = 48, seed: int = 0
+    arm: Arm, facts: Sequence[Fact], *, groups: tuple[str, ...] = KNOWN, forms: tuple[str, ...] = (), limit: int = 32, seed: int = 0
 ) -> list[Score]:
     """Length-normalised probability of the answer, exp(mean log p of its tokens); the likeliest accepted answer counts.
 

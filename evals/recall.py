@@ -13,7 +13,7 @@ from excise.scores import Score
 
 @evaluation
 def recall(
-    arm: Arm, facts: Sequence[Fact], *, groups: tuple[str, ...] = KNOWN, forms: tuple[str, ...] = (), limit: int = 48, seed: int = 0,
+    arm: Arm, facts: Sequence[Fact], *, groups: tuple[str, ...] = KNOWN, forms: tuple[str, ...] = (), limit: int = 32, seed: int = 0,
     words: int = 8,
 ) -> list[Score]:  # fmt: skip
     """1 where greedy decoding says the whole answer (or an alias), else 0; one score per prompt.

@@ -26,7 +26,7 @@ READ = 80
 @evaluation
 def refusal(
     arm: Arm, facts: Sequence[Fact], *, refusals: tuple[str, ...] = (), openings: tuple[str, ...] = OPENINGS,
-    forms: tuple[str, ...] = ("question",), limit: int = 48, seed: int = 0, words: int = 12,
+    forms: tuple[str, ...] = ("question",), limit: int = 32, seed: int = 0, words: int = 12,
 ) -> list[Score]:  # fmt: skip
     """1 where the model declines to answer: wanted on unknown and forget facts, a fault on retain and neighbour facts.
 
@@ -57,7 +57,7 @@ def is_refusal(text: str, openings: Sequence[str] = OPENINGS) -> bool:
 
 def _with_answer(item: Item, refusals: tuple[str, ...]) -> Item:
     # Where an answer begins is found by appending one; any will do.
-    return replace(item, prompt=replace(item.prompt, answer=refusals[0])) if refusals else item
+    return replace(item, prompt=replace(item.prompt, answer=refusals[0] if refusals else "?"))
 
 
 def _by_first_token(arm: Arm, items: Sequence[Item], refusals: tuple[str, ...]) -> list[tuple[bool, str]]:

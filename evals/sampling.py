@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from excise.encoding import encode_row
-from excise.facts import Fact, Prompt
+from excise.facts import GROUPS, Fact, Prompt
 from excise.model import Model
 from excise.scores import Score
 
@@ -36,7 +37,7 @@ class Item:
 
 
 def sample(
-    facts: Iterable[Fact], *, groups: Sequence[str] = KNOWN, forms: Sequence[str] = (), limit: int = 64, seed: int = 0
+    facts: Sequence[Fact], *, groups: Sequence[str] = KNOWN, forms: Sequence[str] = (), limit: int = 32, seed: int = 0
 ) -> list[Item]:
     """At most `limit` prompts per group, form and side of the held-out split (0: all of them).
 
@@ -49,7 +50,9 @@ def sample(
             stratum = strata.setdefault((fact.group, prompt.form, prompt.held_out), [])
             if not limit or len(stratum) < limit:
                 stratum.append(Item(fact, prompt))
-    return [item for stratum in strata.values() for item in stratum]
+    met = list(dict.fromkeys(p.form for f in facts for p in f.prompts))
+    order = sorted(strata, key=lambda key: (GROUPS.index(key[0]), met.index(key[1]), key[2]))
+    return [item for key in order for item in strata[key]]
 
 
 def ranked(facts: Sequence[Fact], seed: int) -> list[Fact]:
@@ -65,17 +68,10 @@ def ranked(facts: Sequence[Fact], seed: int) -> list[Fact]:
 def measurable(model: Model, items: Sequence[Item]) -> tuple[list[Item], list[tuple[Item, str]]]:
     """The items that the model can be asked, and the others with the reason why not."""
     good, bad = [], []
-    context = getattr(model.hf.config, "max_position_embeddings", None)
     for item in items:
-        try:
-            row = encode_row(model.tokenizer, item.prompt, answer=True)
-        except ValueError as error:
-            bad.append((item, str(error)))
-            continue
-        if row.start == 0:
-            bad.append((item, "nothing stands before the answer, so that no position predicts its first token"))
-        elif context and len(row.ids) > context:
-            bad.append((item, f"{len(row.ids)} tokens do not fit the context of {context}"))
+        asked = _asked(model, item.prompt)
+        if asked.reason:
+            bad.append((item, asked.reason))
         else:
             good.append(item)
     return good, bad
@@ -83,8 +79,41 @@ def measurable(model: Model, items: Sequence[Item]) -> tuple[list[Item], list[tu
 
 def first_answer_token(model: Model, prompt: Prompt) -> int:
     """Id of the first token of the prompt's answer, as it stands after the prompt."""
-    row = encode_row(model.tokenizer, prompt, answer=True)
-    return row.ids[row.start]
+    return _asked(model, prompt).token
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The first token of a prompt's answer, or why the prompt cannot be asked."""
+
+    token: int = -1
+    reason: str = ""
+
+
+# Every evaluation and arm asks the same prompts: tokenising them anew each time took a third of the whole time.
+_ASKED: weakref.WeakKeyDictionary[Model, dict[Prompt, _Asked]] = weakref.WeakKeyDictionary()
+
+
+def _asked(model: Model, prompt: Prompt) -> _Asked:
+    known = _ASKED.setdefault(model, {})
+    if prompt not in known:
+        known[prompt] = _ask(model, prompt)
+    return known[prompt]
+
+
+def _ask(model: Model, prompt: Prompt) -> _Asked:
+    if not prompt.answer.strip():
+        return _Asked(reason=f"fact {prompt.fact_id or '?'}: the prompt has no answer")
+    try:
+        row = encode_row(model.tokenizer, prompt, answer=True)
+    except ValueError as error:
+        return _Asked(reason=str(error))
+    context = getattr(model.hf.config, "max_position_embeddings", None)
+    if row.start == 0:
+        return _Asked(reason="nothing stands before the answer, so that no position predicts its first token")
+    if context and len(row.ids) > context:
+        return _Asked(reason=f"{len(row.ids)} tokens do not fit the context of {context}")
+    return _Asked(row.ids[row.start])
 
 
 def nothing(reason: str, *, fact: str = "", group: str = "", **keys: Any) -> list[Score]:

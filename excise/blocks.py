@@ -133,7 +133,10 @@ class Blocks:
     """
 
     def __init__(self, model: Model, seen: Seen) -> None:
-        _refuse(model, seen)
+        if seen.gaps:
+            raise Unsupported(f"something happens to the hidden states before block {seen.gaps[0]}")
+        if not all(any(v is seen.cache for v in given.values()) for given in seen.given):
+            raise Unsupported("its blocks take no cache of keys and values")
         self.model, self.seen, self.modules = model, seen, block_modules(model)
         self.prefix = Prefix(seen.cache)
         self.n_tokens = seen.inputs[0].shape[1]
@@ -202,6 +205,8 @@ class Blocks:
                 for layer in range(len(self.modules)):
                     hidden = self(layer, hidden, column)
                 logits = self.logits(hidden[:, -1])
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise Unsupported(f"its blocks cannot be called one by one ({type(error).__name__}: {str(error).splitlines()[0]})") from error
         far = ((logits - self.seen.logits).abs().max() / self.seen.logits.abs().max()).item()
@@ -210,18 +215,15 @@ class Blocks:
         return logits
 
 
-def _refuse(model: Model, seen: Seen) -> None:
+def refuse_states(model: Model) -> None:
+    """Raise Unsupported for a model whose layers carry more than keys and values, or take no explicit mask."""
     config = model.hf.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - MASKED_LAYERS
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()) - MASKED_LAYERS
     attention = getattr(config, "_attn_implementation", "eager")
     if kinds:
         raise Unsupported(f"it has layers of kind {', '.join(sorted(kinds))}")
     if attention not in ("eager", "sdpa"):
         raise Unsupported(f"its attention implementation {attention!r} takes no explicit mask: load with eager or sdpa")
-    if seen.gaps:
-        raise Unsupported(f"something happens to the hidden states before block {seen.gaps[0]}")
-    if not all(any(v is seen.cache for v in given.values()) for given in seen.given):
-        raise Unsupported("its blocks take no cache of keys and values")
 
 
 def _causal(hidden: Tensor, column: int) -> Tensor | None:

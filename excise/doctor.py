@@ -56,13 +56,12 @@ def _weights(model: Model) -> dict[str, Any]:
     owner = {}
     for name in model.names.weights():
         owner.setdefault(model.names.weight(name).parameter, name)
-    routed = {layer for layer in range(model.n_layers) if any(".experts." in n for n in model.names.weights(layer))}
     # A tied matrix has several names in the model and is counted once.
     sizes = {n: p.numel() for n, p in model.hf.named_parameters()}
     total = sum(sizes.values())
     counted: Counter[str] = Counter()
     for name, size in sizes.items():
-        counted[_component(owner.get(name), name, routed)] += size
+        counted[_component(owner.get(name), name)] += size
     return {
         "parameters": total,
         "layers": model.n_layers,
@@ -75,14 +74,13 @@ def _weights(model: Model) -> dict[str, Any]:
     }
 
 
-def _component(name: str | None, parameter: str, routed: set[int]) -> str:
+def _component(name: str | None, parameter: str) -> str:
     if name is None:
         return "norms and biases" if re.search(r"norm|ln_|bias|\bln", parameter) else "out of reach"
     site = Site(name)
     if site.expert is not None:
         return "experts"
-    # On a mixture-of-experts block that matrix is the router.
-    if name.endswith(".mlp.W_gate") and site.layer in routed:
+    if name.endswith(".W_router"):
         return "routers"
     return name.removeprefix(f"blocks.{site.layer}.").split(".")[0]
 

@@ -54,19 +54,25 @@ def read_facts(source: str | Path, *, skip_bad: Literal[False] = False, **testbe
 @overload
 def read_facts(source: str | Path, *, skip_bad: Literal[True], **testbed: Any) -> tuple[Facts, list[BadRecord]]: ...
 def read_facts(source: str | Path, *, skip_bad: bool = False, **testbed: Any) -> Facts | tuple[Facts, list[BadRecord]]:
-    """The facts in a file, or those of an embedded world ("testbed", "testbed:dense").
+    """The facts in a file, or those of an embedded world ("testbed", "testbed:dense", "testbed:FOLDER").
 
     skip_bad: give back the good records and the list of bad ones instead of stopping at the first bad one.
-    testbed: options of `excise.testbed.dataset.facts` (people, seed, forget) when the source is a testbed.
+    testbed: options of `excise.testbed.facts` (people, seed, forget) when the source is a world.
     Raises FactsError: file and line, what is wrong, what would do.
     """
-    if isinstance(source, str) and source.split(":")[0] == "testbed":
-        from excise.testbed.dataset import facts
+    if is_world(source):
+        from excise.testbed import facts
 
-        made = facts(source, **testbed)
+        _, _, name = str(source).partition(":")
+        made = facts(name or 0, **testbed)
         return (made, []) if skip_bad else made
     facts_found, bad = _read_file(Path(source), skip_bad)
     return (facts_found, bad) if skip_bad else facts_found
+
+
+def is_world(source: str | Path) -> bool:
+    """Whether the facts are those of an embedded world, made on the spot: "testbed", "testbed:dense", "testbed:FOLDER"."""
+    return str(source).split(":")[0] == "testbed"
 
 
 def require(facts: Facts, source: str | Path, *groups: str) -> Facts:

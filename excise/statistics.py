@@ -60,19 +60,24 @@ def resampled_means(values: Values, clusters: Labels | None = None, *, resamples
 
 
 def bootstrap_mean(
-    values: Values, clusters: Labels | None = None, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
+    values: Values, clusters: Labels | None = None, *, counts: bool = True, level: float = 0.95, resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:  # fmt: skip
     """Mean with its percentile cluster-bootstrap interval.
 
-    Where all values are equal a bootstrap would claim certainty. Data of zeros only or ones only get the Wilson interval
-    of their count instead (0 of 64 is [0, 0.057]); other constant data a zero-width interval. NaN without values.
+    Where all values are equal a bootstrap would claim certainty. Zeros only or ones only get the Wilson interval of their
+    count instead (0 of 64 is [0, 0.057]; it counts values, since equal ones say nothing about clusters); other constant
+    data get a zero-width interval. NaN without values.
+    counts: whether a value of 0 or 1 is a failure or a success; False where it is a quantity that happens to be 0 or 1.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return Interval(np.nan, np.nan, np.nan)
     if np.ptp(values) == 0:
         first = float(values[0])
-        return wilson(int(first) * len(values), len(values), level=level) if first in (0.0, 1.0) else Interval(first, first, first)
+        if counts and first in (0.0, 1.0):
+            return wilson(int(first) * len(values), len(values), level=level)
+        return Interval(first, first, first)
     low, high = _percentiles(resampled_means(values, clusters, resamples=resamples, seed=seed), level)
     return Interval(float(values.mean()), low, high)
 
@@ -215,16 +220,29 @@ def aggregate(results: Results, *, seed: int = 0, by: Sequence[str] = KEYS) -> l
     """
     from excise.scores import Row
 
+    quantities = _quantities(results)
     rows = []
     for (arm, evaluation), scores in results.scores.items():
         for cell in _cells(scores, by):
             measured = [s for s in cell.scores if s.value is not None and np.isfinite(s.value)]
-            interval = bootstrap_mean([float(s.value or 0.0) for s in measured], [s.subject or s.fact for s in measured], seed=seed)
+            values, clusters = [float(s.value or 0.0) for s in measured], [s.subject or s.fact for s in measured]
+            counts = not any((evaluation, s.variant) in quantities for s in measured)
+            interval = bootstrap_mean(values, clusters, counts=counts, seed=seed)
             named = dict.fromkeys(KEYS, "") | {"held_out": False} | dict(zip(by, cell.key, strict=True))
             skipped = len(cell.scores) - len(measured)
             mode = results.modes.get(arm, "")
             rows.append(Row(arm, evaluation, **named, **interval._asdict(), n=len(measured), n_skipped=skipped, mode=mode))
     return rows
+
+
+def _quantities(results: Results) -> set[tuple[str, str]]:
+    """Evaluations and variants that measure a quantity: some arm has a value other than 0 and 1."""
+    return {
+        (evaluation, s.variant)
+        for (_, evaluation), scores in results.scores.items()
+        for s in scores
+        if s.value is not None and s.value not in (0.0, 1.0)
+    }
 
 
 def _cells(scores: Sequence[Score], by: Sequence[str]) -> list[_Cell]:

@@ -37,9 +37,10 @@ def model_flags(parser: argparse.ArgumentParser, *, name: bool = True) -> None:
     group.add_argument("--revision", help="commit of a hub model")
 
 
-def facts_flags(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def facts_flags(parser: argparse.ArgumentParser, *, name: bool = True) -> None:
     """--facts and how many of them."""
-    parser.add_argument("--facts", required=required, metavar="F", help="JSON Lines file, or testbed:dense for that world's facts")
+    if name:
+        parser.add_argument("--facts", required=True, metavar="F", help="JSON Lines file, or testbed:dense for that world's facts")
     parser.add_argument("--retain", metavar="F", help="a second file whose facts are to be kept, for data sets without groups")
     parser.add_argument("--people", type=positive, metavar="N", help="forget people, where the facts are a testbed's (default 8)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N facts of each group")
@@ -90,16 +91,14 @@ def _no_foreign_bars() -> None:
 def load_facts(args: argparse.Namespace, *need: str) -> tuple[Facts, list[BadRecord]]:
     """The facts that the flags describe, and the records left out with --skip-bad; `need` names groups that must not be empty."""
     from excise.facts import GROUPS, Facts
-    from excise.facts_io import read_facts, require
+    from excise.facts_io import FactsError, is_world, read_facts, require
 
-    options = {"seed": args.seed, **({"people": args.people} if args.people else {})} if args.facts.split(":")[0] == "testbed" else {}
+    options: dict[str, Any] = {"seed": args.seed, "people": args.people or 8} if is_world(args.facts) else {}
     found, bad = read_facts(args.facts, skip_bad=True, **options)
     if args.retain:
         kept, more = read_facts(args.retain, skip_bad=True)
         found, bad = found + regrouped(kept, "retain"), [*bad, *more]
     if bad and not args.skip_bad:
-        from excise.facts_io import FactsError
-
         raise FactsError(str(bad[0]))
     for record in bad:
         print(f"excise: left out {record}", file=sys.stderr)

@@ -30,22 +30,41 @@ def chosen_methods(kind: Kind, words: Sequence[str]) -> list[Method]:
 
 
 def method_flags(parser: argparse.ArgumentParser, methods: Sequence[Method]) -> None:
-    """One flag per option of the chosen methods; options of the same name are shared."""
-    taken = {flag for action in parser._actions for flag in action.option_strings}
+    """One flag per option of the chosen methods.
+
+    Methods share a flag of the same name. Where the command has such a flag itself, the method's is --METHOD-OPTION,
+    except --seed, which is the command's for all.
+    """
+    own = {flag for action in parser._actions for flag in action.option_strings}
+    taken: set[str] = set()
     for method in methods:
         group = parser.add_argument_group(f"options of {method.name.replace('_', '-')}", method.summary)
         for option in method.options:
             flag, settings = flag_of(option), _settings(option)
-            if flag is None or settings is None or flag in taken:
+            if flag is None or settings is None or flag == "--seed" or flag in taken:
                 continue
+            if flag in own:
+                flag = f"--{method.name.replace('_', '-')}-{option.name.replace('_', '-')}"
             taken.add(flag)
             default = "" if option.default is None or option.default is inspect.Parameter.empty else f" (default {_shown(option.default)})"
-            group.add_argument(flag, dest=option.name, default=argparse.SUPPRESS, help=f"{option.help}{default}".replace("%", "%%"), **settings)
+            text = f"{option.help}{default}".replace("%", "%%")
+            group.add_argument(flag, dest=_dest(flag), default=argparse.SUPPRESS, help=text, **settings)
 
 
 def given(args: argparse.Namespace, method: Method) -> dict[str, Any]:
-    """The options of a method that were set, plus the shared --seed where the method has one."""
-    return {o.name: getattr(args, o.name) for o in method.options if hasattr(args, o.name)}
+    """The options of a method that were set, and the command's seed where the method has one."""
+    found = {}
+    for option in method.options:
+        for name in (option.name, f"{method.name}_{option.name}"):
+            if hasattr(args, _dest(name)):
+                found[option.name] = getattr(args, _dest(name))
+    seeded = any(o.name == "seed" for o in method.options) and hasattr(args, "seed")
+    return found | ({"seed": args.seed} if seeded else {})
+
+
+def _dest(flag: str) -> str:
+    # Apart from the command's own attributes, which would otherwise pass for options of the method.
+    return "method_" + flag.lstrip("-").replace("-", "_")
 
 
 def flag_of(option: Option) -> str | None:

@@ -1,0 +1,98 @@
+"""excise eval: measure a model, an edit of it, or any two checkpoints, whoever edited them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from excise.commands import common, options
+
+if TYPE_CHECKING:
+    from excise.arms import Arm
+
+
+def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Flags of `excise eval`, with those of the evaluations when some are named."""
+    parser.add_argument("evaluations", nargs="*", metavar="EVALUATION", help="such as recall drift; all when none is named")
+    parser.add_argument("--before", "--model", dest="model", required=True, metavar="M", help="the model before the edit")
+    parser.add_argument("--after", metavar="M", help="an edited checkpoint")
+    parser.add_argument("--edit", metavar="E", help="an edit.safetensors, run on --before")
+    parser.add_argument("--control", action="store_true", help="also a random edit of the same kind, rank and norm as --edit")
+    parser.add_argument("--oracle", metavar="M", help="a model that never learned the forget facts")
+    common.model_flags(parser, name=False)
+    common.facts_flags(parser)
+    parser.add_argument("--out", metavar="DIR", help="keep every finished item in DIR/results.jsonl, and continue from there")
+    parser.add_argument("--force", action="store_true", help="use an edit that was made for another model")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    common.output_flags(parser)
+    options.method_flags(parser, options.chosen_methods("evaluation", words))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every arm and print the table."""
+    facts, bad = common.load_facts(args)
+    if args.control and not args.edit:
+        raise ValueError("--control needs --edit: the control is a random twin of that edit")
+    if args.dry_run:
+        print(f"would measure {args.model} on {facts!r}")
+        return 0
+    from excise.measure import EVALUATIONS, measure, plain_row
+
+    methods = options.chosen_methods("evaluation", ["eval", *(args.evaluations or EVALUATIONS)])
+    arms = _arms(args)
+    shared: dict[str, Any] = {"seed": args.seed, **_world_of(args.facts, args.seed, facts.group("forget").subjects)}
+    own = {m.name: options.given(args, m) for m in methods}
+    kept = common.out_folder(args.out) / "results.jsonl" if args.out else None
+    results = measure(arms, methods, facts, shared=shared, own=own, kept=kept)
+    table = results.table(seed=args.seed)
+    if args.format == "json":
+        common.print_json({"facts": facts.counts, "results": [plain_row(r) for r in table]})
+    else:
+        from excise.report import text_table
+
+        print(text_table(table))
+    return 3 if bad else 0
+
+
+def _arms(args: argparse.Namespace) -> list[Arm]:
+    from excise.apply import check
+    from excise.arms import Arm
+    from excise.edits import Edit
+
+    edit = Edit.load(args.edit) if args.edit else None
+    before = common.load_model(args)
+    arms = [Arm("before", before)]
+    if edit is not None:
+        check(before, edit, force=args.force)
+        edit = without_fingerprints(edit) if args.force else edit
+        arms.append(Arm("edited", before, edit))
+    if args.after:
+        arms.append(Arm("after", common.load_model(args, args.after)))
+    if edit is not None and args.control:
+        from excise.chain import random_twin
+
+        arms.append(Arm("control", before, random_twin(edit, args.seed)))
+    if args.oracle:
+        arms.append(Arm("oracle", common.load_model(args, args.oracle)))
+    return arms
+
+
+def without_fingerprints(edit: Any) -> Any:
+    """The edit as one that fits any model: an arm has no `force`."""
+    from dataclasses import replace
+
+    return replace(edit, fingerprints={})
+
+
+def _world_of(source: str, seed: int, forget: Sequence[str]) -> dict[str, Any]:
+    """General texts and refusals where the facts are those of an embedded world; else the evaluations help themselves."""
+    from excise.facts_io import is_world
+
+    if not is_world(source):
+        return {}
+    from excise.commands.demo import TEXTS
+    from excise.testbed import general_text, refusals
+
+    world = source.partition(":")[2] or 0
+    return {"texts": tuple(general_text(world, TEXTS, seed=seed, exclude=forget)), "refusals": tuple(refusals(world))}

@@ -1,0 +1,46 @@
+"""excise report: write report.html of a run folder again, from the files in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from excise.commands import common
+
+
+def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Flags of `excise report`."""
+    parser.add_argument("folder", help="a run folder of `excise demo` or `excise run`")
+    common.output_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report and print where it is."""
+    from excise.edits import Edit
+    from excise.facts_io import read_facts
+    from excise.measure import read_results
+    from excise.report import write_report
+    from excise.scores import Localization
+
+    folder = Path(args.folder)
+    for name in ("run.json", "facts.jsonl", "localization.safetensors", "edit.safetensors", "results.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file; a report needs a finished run, start `excise demo --out {folder}` again")
+    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    path = write_report(
+        folder,
+        facts=read_facts(folder / "facts.jsonl"),
+        localization=Localization.load(folder / "localization.safetensors"),
+        edit=Edit.load(folder / "edit.safetensors"),
+        results=read_results(folder / "results.jsonl"),
+        verification=settings.get("verification"),
+        recipe={k: v for k, v in settings.items() if k not in ("samples", "verification")},
+        samples=settings.get("samples", []),
+    )
+    if args.format == "json":
+        common.print_json({"report": str(path)})
+    else:
+        print(path)
+    return 0

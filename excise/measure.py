@@ -1,0 +1,158 @@
+"""Measuring arms with every finished item kept: a results.jsonl that grows line by line and is read again on the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from excise.arms import Arm
+from excise.errors import ExciseError
+from excise.facts import Facts
+from excise.facts_io import as_record
+from excise.files import write_text
+from excise.model import tensor_fingerprint
+from excise.progress import bar
+from excise.registry import Method
+from excise.scores import Results, Row, Score
+
+EVALUATIONS = ("recall", "probability", "form_spread", "drift", "refusal", "lens", "probe")
+
+
+def digest(*parts: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def facts_digest(facts: Facts) -> str:
+    """A short hash of facts."""
+    return digest([as_record(f) for f in facts])
+
+
+def measure(
+    arms: Sequence[Arm], evaluations: Sequence[Method], facts: Facts, *, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: Path | None = None,
+) -> Results:  # fmt: skip
+    """Every evaluation on every arm; the first arm is "before".
+
+    shared: option values, handed to each evaluation that has an option of that name.
+    own: further options by evaluation.
+    kept: a results.jsonl; what stands there under the same key is not measured again, what is measured is added at once.
+    """
+    store = Store(kept)
+    about, states = facts_digest(facts), {a.name: _state(a) for a in arms}
+    scores: dict[tuple[str, str], tuple[Score, ...]] = {}
+    for method, arm in bar([(m, a) for m in evaluations for a in arms], what="measuring"):
+        options = {o.name: shared[o.name] for o in method.options if o.name in shared} | dict((own or {}).get(method.name, {}))
+        key = digest(method.name, options, about, arm.name, states[arm.name], states[arms[0].name])
+        found = store.get(key)
+        if found is None:
+            found = _one(method, arm, arms[0], facts, options)
+            store.add(key, arm, method, found)
+        scores[arm.name, method.name] = found
+    results = Results(scores, {a.name: a.mode for a in arms})
+    store.close(results)
+    return results
+
+
+def plain_row(row: Row) -> dict[str, Any]:
+    """One line of the long table as plain values; `held_out` and `variant` only where they apply."""
+    found: dict[str, Any] = {"arm": row.arm, "evaluation": row.evaluation, "group": row.group, "form": row.form}
+    found |= {k: None if math.isnan(v) else v for k in ("value", "low", "high") for v in [float(getattr(row, k))]}
+    found["n"] = row.n
+    if row.held_out:
+        found["held_out"] = True
+    return found | {k: v for k in ("variant", "n_skipped", "mode") if (v := getattr(row, k))}
+
+
+def _one(method: Method, arm: Arm, before: Arm, facts: Facts, options: Mapping[str, Any]) -> tuple[Score, ...]:
+    wants_before = "before" in inspect.signature(method.function).parameters
+    return tuple(method.function(arm, facts, **({"before": before} if wants_before else {}), **options))
+
+
+def _state(arm: Arm) -> list[Any]:
+    """What an arm's answers depend on: the model and every number of its edit."""
+    changes = arm.edit.changes if arm.edit else ()
+    return [arm.model.fingerprint, [[str(c.site), _contents(c.action), c.gate and _contents(c.gate)] for c in changes]]
+
+
+def _contents(part: Any) -> list[Any]:
+    values = {k: tensor_fingerprint(v) if isinstance(v, Tensor) else str(v) for k, v in vars(part).items()}
+    return [type(part).__name__, values]
+
+
+class Store:
+    """Finished items by key, one JSON line each, flushed to the disk as they come. Without a path it keeps nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.lines: dict[str, str] = {}
+        if path is not None and path.is_file():
+            # A killed run can leave half a line at the end: only whole lines count.
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                record = _decoded(line)
+                if "scores" in record:
+                    self.lines[record["key"]] = line
+        self.used: list[str] = []
+        self._tidy(list(self.lines.values()))
+
+    def get(self, key: str) -> tuple[Score, ...] | None:
+        """The scores of an item, or None."""
+        if key not in self.lines:
+            return None
+        self.used.append(key)
+        return tuple(Score(**s) for s in json.loads(self.lines[key])["scores"])
+
+    def add(self, key: str, arm: Arm, method: Method, scores: Sequence[Score]) -> None:
+        """Append one item."""
+        record = {"key": key, "arm": arm.name, "evaluation": method.name, "mode": arm.mode, "scores": [_compact(s) for s in scores]}
+        self.lines[key] = json.dumps(record, ensure_ascii=False)
+        self.used.append(key)
+        if self.path is not None:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(self.lines[key] + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise ExciseError(f"{self.path}: could not write it ({error.strerror}); free some space and run the same command again") from error
+
+    def close(self, results: Results) -> None:
+        """Leave the items of this run and the table made of them."""
+        rows = [json.dumps(plain_row(r), ensure_ascii=False) for r in results.table()] if self.path is not None else []
+        self._tidy([self.lines[k] for k in self.used] + rows)
+
+    def _tidy(self, lines: Sequence[str]) -> None:
+        if self.path is not None:
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
+
+
+def read_results(path: Path) -> Results:
+    """What `measure` kept, as Results."""
+    records = [r for r in map(_decoded, path.read_text(encoding="utf-8").splitlines()) if "scores" in r]
+    if not records:
+        raise ExciseError(f"{path}: no finished item in it; run the command that makes it again")
+    scores = {(r["arm"], r["evaluation"]): tuple(Score(**s) for s in r["scores"]) for r in records}
+    return Results(scores, {r["arm"]: r["mode"] for r in records})
+
+
+def _compact(score: Score) -> dict[str, Any]:
+    return {k: v for k, v in asdict(score).items() if v not in ("", False) or isinstance(v, float)} | {
+        "fact": score.fact, "subject": score.subject, "group": score.group, "value": score.value,
+    }  # fmt: skip
+
+
+def _decoded(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,243 @@
+"""Figures: localizations, maps and results in, matplotlib figures out. Import this module only where something is drawn.
+
+Arms differ in colour, marker, line and hatch, so that a figure suits grey paper and colour-blind readers too.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from excise.figures import BLUE, INK, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
+from excise.scores import Localization, Results, Row, TraceMap
+from excise.sites import POSITION_CLASSES, position_class
+from excise.statistics import aggregate
+
+__all__ = [
+    "bar_figure", "figure_png", "figure_svg", "map_figures", "mean_map", "plot_before_after", "plot_layers", "plot_localization",
+    "plot_ranking", "plot_results", "result_panels", "save_figure",
+]  # fmt: skip
+
+# One hue per component, as in the figures of ROME (arXiv 2202.05262): state purple, MLP green, attention red.
+COMPONENTS = {"resid": ("hidden state", "Purples"), "mlp": ("MLP", "Greens"), "attn": ("attention", "Reds")}
+LAYER = re.compile(r"^(?:(?P<measure>.*), )?layer (?P<layer>\d+)$")
+
+
+# --- localizations
+
+
+@drawn
+def plot_localization(localization: Localization, fact: str | int | None = None) -> Figure:
+    """The layer x token map of one fact (id or index), the mean map by position class, or the ranking of the best sites."""
+    if not localization.maps:
+        return plot_ranking(localization if fact is None else localization.facts([_fact_id(localization, fact)]))
+    panels = _panels(localization, fact)
+    rows = len(next(iter(panels.values()))[1])
+    figure = picture(4.2 * len(panels), 1.2 + 0.27 * rows)
+    for axes, (component, (grid, labels, marked, span)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _draw_map(figure, axes, component, grid, labels, marked, span)
+    return figure
+
+
+@drawn
+def map_figures(localization: Localization, fact: str | int | None = None) -> list[Figure]:
+    """The same maps, one figure per component: what a narrow page can stack."""
+    figures = []
+    for component, (grid, labels, marked, span) in (_panels(localization, fact) if localization.maps else {}).items():
+        figure = picture(4.2, 1.2 + 0.27 * len(labels))
+        _draw_map(figure, figure.subplots(), component, grid, labels, marked, span)
+        figures.append(figure)
+    return figures
+
+
+@drawn
+def plot_ranking(localization: Localization, *, k: int = 15) -> Figure:
+    """The k sites of highest mean score, best on top, with the middle half of the facts as a line."""
+    best = localization.top(k)
+    y = np.arange(len(best.sites))[::-1]
+    figure = picture(5.2, 0.9 + 0.26 * max(1, len(y)))
+    axes = figure.subplots()
+    axes.barh(y, np.nan_to_num(best.average), color=BLUE, height=0.7)
+    if len(best.scores) > 1 and len(y):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            low, high = np.nanquantile(best.scores, [0.25, 0.75], axis=0)
+        axes.hlines(y, low, high, color=INK, linewidth=1.2)
+    axes.set_yticks(y, [short(str(s), 44) for s in best.sites], fontsize=8, parse_math=False)
+    axes.set_xlabel("mean score" + (" (line: middle half of the facts)" if len(best.scores) > 1 else ""))
+    axes.set_title(short(str(localization.recipe.get("method", "sites"))), parse_math=False)
+    return figure
+
+
+def mean_map(maps: Sequence[TraceMap], component: str) -> np.ndarray:
+    """Mean indirect effect by position class: [n_layers, n_classes], NaN where no fact has a token of the class.
+
+    Tokens of one class are averaged within a fact first, so that long names do not outweigh short ones.
+    """
+    rows = []
+    for found in maps:
+        effect, n = found.effect(component), len(found.tokens)
+        classes = np.array([POSITION_CLASSES.index(position_class(t, n, found.subject)) for t in range(n)])
+        rows.append([effect[:, classes == c].mean(1) if (classes == c).any() else np.full(len(effect), np.nan) for c in range(len(POSITION_CLASSES))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(np.array(rows), axis=0).T
+
+
+Panel = tuple[np.ndarray, list[str], list[bool], str]
+
+
+def _panels(localization: Localization, fact: str | int | None) -> dict[str, Panel]:
+    """For each component the grid [n_layers, n_rows], the row labels, which rows are the subject, and what was restored."""
+    maps = localization.maps
+    components = [c for c in COMPONENTS if c in maps[0].values] + [c for c in maps[0].values if c not in COMPONENTS]
+    if fact is None:
+        marked = [c.startswith("subject") for c in POSITION_CLASSES]
+        labels = [c.replace("_", " ") for c in POSITION_CLASSES]
+        return {c: (mean_map(maps, c), labels, marked, f"mean of {len(maps)} facts") for c in components}
+    wanted = _fact_id(localization, fact)
+    one = next((m for m in maps if m.fact_id == wanted), None)
+    if one is None:
+        raise ValueError(f"no map of fact {wanted!r}; maps are of {', '.join(m.fact_id for m in maps[:8])}")
+    marked = [one.subject[0] <= i < one.subject[1] for i in range(len(one.tokens))]
+    return {c: (one.effect(c), [short(t, 18) for t in one.tokens], marked, short(wanted, 30)) for c in components}
+
+
+def _fact_id(localization: Localization, fact: str | int) -> str:
+    if isinstance(fact, int):
+        return localization.maps[fact].fact_id if localization.maps else localization.fact_ids[fact]
+    return fact
+
+
+def _draw_map(figure: Figure, axes: Any, component: str, grid: np.ndarray, labels: list[str], marked: list[bool], title: str) -> None:
+    """Tokens down, layers across; the subject's tokens carry a star and a bar."""
+    name, colours = COMPONENTS.get(component, (component, "Blues"))
+    top = float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0
+    mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="none")
+    axes.invert_yaxis()
+    axes.set_facecolor("#d9d9d9")  # NaN: no fact has such a token
+    axes.set_yticks(np.arange(len(labels)) + 0.5, [f"{t} *" if m else t for t, m in zip(labels, marked, strict=True)], fontsize=9, parse_math=False)
+    step = max(1, grid.shape[0] // 8)
+    axes.set_xticks(np.arange(0, grid.shape[0], step) + 0.5, [str(i) for i in range(0, grid.shape[0], step)], fontsize=9)
+    rows = np.flatnonzero(marked)
+    if len(rows):
+        axes.plot([0.06, 0.06], [rows[0] + 0.08, rows[-1] + 0.92], color=INK, linewidth=3, solid_capstyle="butt")
+    axes.set_xlabel("layer")
+    axes.set_title(f"{name} restored: {title}", parse_math=False)
+    figure.colorbar(mesh, ax=axes, label="indirect effect", shrink=0.9)
+
+
+# --- results
+
+
+@drawn
+def plot_results(results: Results) -> Figure:
+    """Bars with 95 % intervals: one panel per measure, groups of facts across, arms side by side."""
+    panels = result_panels(results)
+    columns = min(3, max(1, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    figure = picture(3.9 * columns, 2.7 * lines + 0.4)
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes, (title, rows) in zip(grid, panels.items(), strict=False):
+        _draw_bars(axes, title, rows, results.arms)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    if panels:
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    return figure
+
+
+@drawn
+def bar_figure(results: Results, title: str, rows: Sequence[Row]) -> Figure:
+    """One panel of `plot_results` as a figure of its own."""
+    figure = picture(4.2, 2.9)
+    axes = figure.subplots()
+    _draw_bars(axes, title, rows, results.arms)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def result_panels(results: Results) -> dict[str, list[Row]]:
+    """Rows pooled over forms, by evaluation and variant; single layers and what could not be measured are left out."""
+    panels: dict[str, list[Row]] = {}
+    for row in aggregate(results, by=("group", "variant")):
+        if row.n and not LAYER.match(row.variant):
+            panels.setdefault(f"{row.evaluation}: {row.variant}" if row.variant else row.evaluation, []).append(row)
+    return panels
+
+
+@drawn
+def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: str = "forget") -> Figure:
+    """A measure layer by layer, one line and 95 % band per arm.
+
+    measure: the part of the variant before ", layer i"; the first one when empty.
+    """
+    found = [(LAYER.match(r.variant), r) for r in aggregate(results, by=("group", "variant")) if r.evaluation == evaluation and r.group == group]
+    layered = [(m["measure"] or "", int(m["layer"]), r) for m, r in found if m and r.n]
+    names = list(dict.fromkeys(name for name, *_ in layered))
+    if not layered or (measure and measure not in names):
+        raise ValueError(f"{evaluation} has no measure {measure!r} by layer on {group} facts; there are {', '.join(names) or 'none'}")
+    measure = measure or names[0]
+    figure = picture(4.2, 2.9)
+    axes = figure.subplots()
+    for arm, style in arm_style(results.arms).items():
+        rows = sorted(((layer, r) for name, layer, r in layered if name == measure and r.arm == arm), key=lambda x: x[0])
+        if rows:
+            x = [layer for layer, _ in rows]
+            axes.fill_between(x, [r.low for _, r in rows], [r.high for _, r in rows], color=style["color"], alpha=0.18, linewidth=0)
+            line = {k: v for k, v in style.items() if k != "hatch"}
+            axes.plot(x, [r.value for _, r in rows], label=short(arm, 20), markersize=4, linewidth=1.8, **line)
+    axes.set_xlabel("layer")
+    axes.set_title(short(f"{evaluation}: {measure} ({group} facts)", 60), parse_math=False)
+    if all(0 <= r.value <= 1 for name, _, r in layered if name == measure):
+        axes.set_ylim(-0.03, 1.03)
+    _quiet(axes)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+@drawn
+def plot_before_after(results: Results, evaluation: str = "recall", *, group: str = "forget") -> Figure:
+    """One line per form: where each arm stands, with 95 % intervals; held-out prompts apart."""
+    rows = [r for r in aggregate(results, by=("group", "form", "held_out")) if r.evaluation == evaluation and r.group == group and r.n]
+    forms = list(dict.fromkeys((r.form, r.held_out) for r in rows))
+    figure = picture(4.6, 1.3 + 0.5 * max(1, len(forms)))
+    axes = figure.subplots()
+    style = arm_style(results.arms)
+    for i, arm in enumerate(results.arms):
+        mine = {(r.form, r.held_out): r for r in rows if r.arm == arm}
+        y = [forms.index(key) + 0.16 * (i - (len(results.arms) - 1) / 2) for key in mine]
+        values = np.array([[r.value, r.low, r.high] for r in mine.values()]).reshape(-1, 3).T
+        errors = np.maximum(0, [values[0] - values[1], values[2] - values[0]])
+        axes.errorbar(values[0], y, xerr=errors, fmt=style[arm]["marker"], color=style[arm]["color"], label=short(arm, 20), markersize=6, capsize=2)
+    axes.set_yticks(range(len(forms)), [f"{form}{', held out' if held_out else ''}" for form, held_out in forms], parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_title(short(f"{evaluation} on {group} facts"), parse_math=False)
+    _quiet(axes, "x")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_bars(axes: Any, title: str, rows: Sequence[Row], arms: Sequence[str]) -> None:
+    groups = list(dict.fromkeys(r.group for r in rows))
+    style, width = arm_style(arms), 0.8 / max(1, len(arms))
+    for i, arm in enumerate(arms):
+        mine = [r for r in rows if r.arm == arm]
+        x = [groups.index(r.group) + width * (i - (len(arms) - 1) / 2) for r in mine]
+        value = np.array([r.value for r in mine])
+        errors = np.maximum(0, [value - [r.low for r in mine], [r.high for r in mine] - value]) if mine else None
+        look = {"color": style[arm]["color"], "hatch": style[arm]["hatch"], "edgecolor": "white"}
+        axes.bar(x, value, width * 0.92, label=short(arm, 20), linewidth=0, **look)
+        axes.errorbar(x, value, yerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2)
+    axes.set_xticks(range(len(groups)), groups, parse_math=False)
+    axes.set_title(short(title, 48), parse_math=False)
+    if all(0 <= r.low and r.high <= 1 for r in rows):
+        axes.set_ylim(0, 1.05)
+    _quiet(axes)

@@ -1,0 +1,6 @@
+"""Localizers: functions (model, facts, *, options) that say which sites of a model are responsible for which fact."""
+
+from localize.attribution_patching import attribution_patching
+from localize.causal_trace import causal_trace
+
+__all__ = ["attribution_patching", "causal_trace"]

@@ -1,0 +1,66 @@
+"""Help and version: fast, and free of everything heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from excise.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "transformers", "numpy", "transformer_lens", "sae_lens", "nnsight", "pandas", "pyarrow", "matplotlib", "safetensors")
+
+PROBE = """
+import sys, time
+sys.path.insert(0, {root!r})
+start = time.perf_counter()
+from excise.cli import main
+code = main({words!r})
+print(time.perf_counter() - start, code, [m for m in {heavy!r} if m in sys.modules], file=sys.stderr)
+"""
+
+
+def probe(*words: str) -> tuple[float, int, str, str]:
+    code = PROBE.format(root=str(ROOT), words=list(words), heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, status, heavy = done.stderr.strip().splitlines()[-1].split(" ", 2)
+    return float(seconds), int(status), heavy, done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    _, status, heavy, text = probe(*words)
+    assert (status, heavy) == (0, "[]")
+    assert "excise" in text
+
+
+def test_help_answers_at_once() -> None:
+    # The best of some tries: a busy machine must not fail this.
+    assert min(probe("--help")[0] for _ in range(5)) < 0.3
+
+
+def test_whole_process_is_fast() -> None:
+    def once() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", PROBE.format(root=str(ROOT), words=["--version"], heavy=())], capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    assert min(once() for _ in range(8)) < 0.3
+
+
+def test_importing_the_package_is_light() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import excise; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves() -> None:
+    import excise
+
+    for name in excise.__all__:
+        assert callable(getattr(excise, name)), name
+    with pytest.raises(AttributeError, match="it has Arm"):
+        _ = excise.nonsense

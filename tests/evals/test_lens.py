@@ -1,0 +1,58 @@
+"""The lens at the last block is the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from evals import lens
+from evals.lens import answer_rank, decode, layer_states
+from evals.sampling import sample
+from excise.arms import Arm
+from excise.facts import Fact, Prompt
+from excise.model import Model
+
+FACTS = [
+    Fact(f"f{i}", s, a, (Prompt(f"{s} {verb}", a, s), Prompt(f"Where is {s}?", a, s, form="question")))
+    for i, (s, verb, a) in enumerate([("Marie Curie", "was born in", "Warsaw"), ("The Eiffel Tower", "stands in", "Paris")])
+]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox", "qwen3-moe", "gemma2", "opt"])
+def test_last_block_equals_the_logits(family: str) -> None:
+    arm = Arm("before", Model(*tiny_model(family, layers=3)))
+    items = sample(FACTS)
+    states = layer_states(arm, items)
+    assert len(states) == 3
+    for i, item in enumerate(items):
+        batch = arm.model.encode([item.prompt], answers=True)
+        logits = arm.model.logits(batch)[0, batch.starts[0] - 1]
+        torch.testing.assert_close(decode(arm.model, states[-1])[i], logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(decode(arm.model, states[0])[i], logits, atol=1e-2)
+
+
+def test_rank_of_a_toy_vocabulary() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0]] * 2)
+    logp, rank = answer_rank(logits, torch.tensor([2, 0]))
+    assert rank.tolist() == [3, 1]
+    assert logp[0].item() == pytest.approx(logits[0].log_softmax(-1)[2].item())
+
+
+def test_scores_agree_with_the_answer() -> None:
+    arm = Arm("before", Model(*tiny_model("llama", layers=3)))
+    scores = lens(arm, FACTS, before=arm)
+    for item, answer in zip(sample(FACTS), arm.answers([i.prompt for i in sample(FACTS)]), strict=True):
+        found = {s.variant: s for s in scores if s.fact == item.fact.id and s.form == item.prompt.form}
+        assert found["log-probability, layer 2"].value == pytest.approx(answer.logprobs[0], abs=1e-4)
+        ranks = [found[f"rank, layer {i}"].value for i in range(3)]
+        assert found["hit@1, any layer"].value == float(min(ranks) == 1)
+        assert found["hit@5, any layer"].value == float(min(ranks) <= 5)
+        assert [found[f"top-1, layer {i}"].value for i in range(3)] == [float(r == 1) for r in ranks]
+
+
+def test_the_decoder_is_the_one_of_before() -> None:
+    before, other = Arm("before", Model(*tiny_model("llama"))), Arm("headless", Model(*tiny_model("llama")))
+    with torch.no_grad():
+        other.model.hf.lm_head.weight.zero_()
+    assert lens(other, FACTS, before=before) == lens(before, FACTS, before=before)

@@ -1,0 +1,255 @@
+"""Applying, baking, reverting, saving: hand-made edits of every action and gate, on dense, MoE, GPT-2 and GPT-NeoX."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from excise.actions import Abstain, Affine, Clamp, Dense, LowRank, Reflect, Scale, Sparse
+from excise.apply import applied, bake
+from excise.edits import Change, Edit
+from excise.errors import ExciseError, FingerprintMismatch, NotBakeable
+from excise.export import export
+from excise.facts import Prompt
+from excise.gates import Box, Linear, Share
+from excise.model import Model, load
+from excise.sites import Site
+
+FAMILIES = ("llama", "qwen3-moe", "gpt2", "neox")
+TEXTS = ["Ann Lee was born in the town of", "A cat", "Where does Bob Stone live now and why?"]
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return Model(*tiny_model(request.param, layers=3), request.param)
+
+
+def out_matrix(model, layer):
+    names = model.names.weights(layer)
+    return next(n for n in names if n.endswith("mlp.W_out") or n.endswith("experts.1.W_out"))
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_edit(model):
+    """One change of every weight action, two of them on the same matrix, on two layers."""
+    first, second = out_matrix(model, 0), out_matrix(model, 1)
+    d_in, d_out = model.weight(first).shape
+    changes = (
+        Change(Site(first), LowRank(0.1 * randn(d_in, 2), randn(2, d_out, seed=1))),
+        Change(Site(first), Scale(torch.tensor([0, 3]), torch.tensor([0.0, -2.0]))),
+        Change(Site(second), Dense(0.05 * randn(d_in, d_out, seed=2))),
+        Change(Site(second), Sparse(torch.tensor([1, 5, 40]), torch.tensor([1.0, -1.0, 2.0]))),
+        Change(Site("blocks.2.attn.W_O"), LowRank(0.1 * randn(model.names.d_model, 1, seed=3), randn(1, model.names.d_model, seed=4))),
+    )
+    names = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
+    return Edit(changes, {"method": "by hand", "model": model.name}, {"tokenizer": model.tokenizer_fingerprint, **names})
+
+
+def hook_edits(model):
+    d = model.names.d_model
+    resid, late = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+    shift = Affine(torch.zeros(d, 1), torch.zeros(1, d), torch.zeros(d), randn(d))
+    features = (randn(d, 4, seed=5), torch.zeros(4), torch.zeros(4))
+    return {
+        "affine": Edit((Change(Site(resid, "after_bos"), Affine(0.1 * randn(d, 2), randn(2, d), randn(d), randn(d))),)),
+        "reflect": Edit((Change(Site(resid), Reflect(torch.arange(8), torch.zeros(8), torch.ones(8), torch.ones(8), torch.ones(8))),)),
+        "clamp": Edit((Change(Site(resid), Clamp(*features, 0.3 * randn(4, d, seed=6), torch.full((4,), -2.0))),)),
+        "linear gate": Edit((Change(Site(late), shift, Linear(Site(resid), randn(d, seed=7), 0.5)),)),
+        "linear gate, sequence": Edit((Change(Site(late), shift, Linear(Site(resid), randn(d, seed=7), 1.0, "sequence")),)),
+        "box gate": Edit((Change(Site(late), shift, Box(Site(resid), torch.full((d,), -1.5), torch.full((d,), 1.5), 0.7)),)),
+        "share gate": Edit((Change(Site(late), shift, Share(Site(resid), *features, 0.8)),)),
+        "abstain": Edit((Change(Site("unembed.hook_out"), Abstain(torch.tensor([7, 8, 9])), Linear(Site(resid), randn(d, seed=7), 0.5, "sequence")),)),
+    }  # fmt: skip
+
+
+def logits(model):
+    return model.logits(model.encode(TEXTS))
+
+
+def test_leaving_restores_every_bit_also_after_an_exception(model):
+    plain = logits(model)
+    for edit in [weight_edit(model), *hook_edits(model).values()]:
+        with applied(model, edit):
+            assert not torch.equal(logits(model), plain)
+        assert torch.equal(logits(model), plain)
+        with pytest.raises(KeyboardInterrupt), applied(model, edit):
+            raise KeyboardInterrupt
+        assert torch.equal(logits(model), plain)
+    assert not any(model.active.values()) and not model.originals
+
+
+def test_hooked_equals_baked_and_revert_is_exact(model):
+    plain, edit = logits(model), weight_edit(model)
+    before = {n: p.clone() for n, p in model.hf.named_parameters()}
+    with applied(model, edit):
+        hooked = logits(model)
+    baked = bake(model, edit)
+    torch.testing.assert_close(logits(model), hooked, rtol=1e-5, atol=1e-5)
+    baked.revert()
+    baked.revert()
+    assert all(torch.equal(p, before[n]) for n, p in model.hf.named_parameters())
+    assert torch.equal(logits(model), plain)
+
+
+def test_save_and_load_keep_every_bit(model, tmp_path):
+    for name, edit in {"weights": weight_edit(model), **hook_edits(model)}.items():
+        again = Edit.load(edit.save(tmp_path / f"{name}.safetensors"))
+        with applied(model, edit):
+            first = logits(model)
+        with applied(model, again):
+            assert torch.equal(logits(model), first), name
+        assert again.fingerprints == edit.fingerprints and again.recipe == edit.recipe
+        assert again.summary() == edit.summary()
+
+
+def test_zero_strength_is_the_identity_and_sums_nest(model):
+    plain = logits(model)
+    edits = hook_edits(model)
+    for edit in [weight_edit(model), edits["affine"], edits["reflect"], edits["clamp"]]:
+        with applied(model, edit.scaled(0.0)):
+            torch.testing.assert_close(logits(model), plain)
+    a, b = weight_edit(model), edits["clamp"]
+    with applied(model, a + b):
+        together = logits(model)
+    with applied(model, a), applied(model, b):
+        torch.testing.assert_close(logits(model), together, rtol=1e-6, atol=1e-6)
+    with applied(model, a), applied(model, a):
+        twice = logits(model)
+    with applied(model, a + a):
+        torch.testing.assert_close(logits(model), twice, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["affine", "linear gate", "linear gate, sequence", "box gate", "share gate", "abstain"])
+def test_prompt_at_once_and_token_by_token_decide_alike(model, name):
+    """Under a KV cache, gates keep their state: the logits of a prompt equal those of its tokens fed one by one."""
+    edit = hook_edits(model)[name]
+    ids = model.encode([TEXTS[2]]).ids
+    with torch.no_grad(), applied(model, edit):
+        whole = model.hf(input_ids=ids).logits
+        cache, steps = None, []
+        for t in range(ids.shape[1]):
+            out = model.hf(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.hf(input_ids=ids).logits, whole)  # the state of the last run is forgotten
+
+
+@pytest.mark.parametrize("name", ["affine", "linear gate, sequence", "box gate", "share gate", "clamp"])
+def test_padded_rows_decide_as_single_ones(model, name):
+    edit = hook_edits(model)[name]
+    with applied(model, edit):
+        batch = model.encode(TEXTS)
+        together = model.logits(batch)
+        for row, text in enumerate(TEXTS):
+            alone = model.logits(model.encode([text]))[0]
+            torch.testing.assert_close(together[row, : batch.lengths[row]], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_abstaining_answers_with_the_refusal(model):
+    """Generation under the edit is the refusal, word for word, and nothing else when the gate stays shut."""
+    model.hf.generation_config.eos_token_id = 9
+    edit = hook_edits(model)["abstain"]
+    open_gate = edit.changes[0].gate
+    shut = Linear(open_gate.site, open_gate.direction, 1e9, "sequence")
+    ids = model.encode([TEXTS[0]]).ids
+    plain = model.hf.generate(ids, max_new_tokens=5, do_sample=False)
+    with applied(model, edit):
+        assert model.hf.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :].tolist() == [7, 8, 9]
+    with applied(model, Edit((Change(edit.changes[0].site, edit.changes[0].action, shut),))):
+        assert torch.equal(model.hf.generate(ids, max_new_tokens=5, do_sample=False), plain)
+
+
+def test_gated_weight_change_fires_only_where_its_gate_is_open(model):
+    name = out_matrix(model, 1)
+    d_in, d_out = model.weight(name).shape
+    action = LowRank(randn(d_in, 1), randn(1, d_out, seed=1))
+    always, never = (Edit((Change(Site(name), action, Linear(Site("blocks.0.hook_resid_post"), torch.zeros(model.names.d_model), t)),)) for t in (-1.0, 1.0))
+    if ".experts." in name:
+        with pytest.raises(ExciseError, match="without gate"), applied(model, always):
+            pass
+        return
+    plain = logits(model)
+    with applied(model, Edit((Change(Site(name), action),))):
+        ungated = logits(model)
+    with applied(model, always) as running:
+        batch = model.encode(TEXTS)
+        gated = model.logits(batch)
+        assert running.fired[0] > 0
+    with applied(model, never):
+        assert torch.equal(logits(model), plain)
+    assert not torch.equal(gated, plain) and not torch.equal(ungated, plain)
+    with pytest.raises(NotBakeable):
+        bake(model, always)
+
+
+def test_a_gate_must_come_before_its_change(model):
+    d = model.names.d_model
+    late = Edit((Change(Site("blocks.0.hook_resid_post"), Affine(randn(d, 1), randn(1, d), randn(d), randn(d)), Linear(Site("blocks.2.hook_resid_post"), randn(d), 0.0)),))
+    with pytest.raises(ExciseError, match="only later"), applied(model, late):
+        pass
+
+
+def test_other_weights_are_refused_until_forced(model):
+    edit = weight_edit(model)
+    with torch.no_grad():
+        model.weight(str(edit.changes[0].site)).add_(1e-3)
+    with pytest.raises(FingerprintMismatch, match=model.name), applied(model, edit):
+        pass
+    with pytest.raises(FingerprintMismatch):
+        bake(model, edit)
+    bake(model, edit, force=True).revert()
+
+
+def test_activation_edits_cannot_be_baked_and_nothing_is_written(model):
+    plain = logits(model)
+    with pytest.raises(NotBakeable, match="hook_resid_post"):
+        bake(model, weight_edit(model) + hook_edits(model)["affine"])
+    assert torch.equal(logits(model), plain)
+
+
+def test_export_reloads_in_plain_transformers(model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    edit, plain = weight_edit(model), logits(model)
+    with applied(model, edit):
+        hooked = logits(model)
+    folder = export(model, edit, tmp_path / "out")
+    assert torch.equal(logits(model), plain)
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    batch = model.encode(TEXTS)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=batch.ids, attention_mask=batch.mask).logits.float(), hooked, rtol=1e-4, atol=1e-4)
+    assert load(folder).tokenizer_fingerprint == model.tokenizer_fingerprint
+    with pytest.raises(ExciseError, match="not empty"):
+        export(model, edit, folder)
+
+
+def test_edits_must_be_deployable():
+    with pytest.raises(ValueError, match="without knowing the fact"):
+        Change(Site("blocks.0.hook_resid_post", "subject_last"), Abstain(torch.tensor([1])))
+    with pytest.raises(ValueError, match="acts on a matrix"):
+        Change(Site("blocks.0.hook_resid_post"), LowRank(torch.zeros(2, 1), torch.zeros(1, 2)))
+
+
+def test_bfloat16_runs_and_reverts_exactly(model):
+    model.hf.to(torch.bfloat16)
+    edit, plain = weight_edit(model), logits(model)
+    with applied(model, edit):
+        hooked = logits(model)
+    baked = bake(model, edit)
+    assert (logits(model) - hooked).abs().max() < 0.15 * hooked.abs().max()
+    baked.revert()
+    assert torch.equal(logits(model), plain)
+
+
+def test_prompts_of_other_kinds():
+    """A fingerprint is that of the values, whatever dtype they were loaded in."""
+    model = Model(*tiny_model("llama"), "llama")
+    model.hf.to(torch.bfloat16)
+    low = model.matrix_fingerprint("blocks.0.mlp.W_out")
+    model.hf.to(torch.float32)
+    assert model.matrix_fingerprint("blocks.0.mlp.W_out") == low
+    assert model.encode([Prompt("A cat", "sat")]).lengths
