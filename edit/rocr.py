@@ -1,12 +1,12 @@
 """ROCR: rank-one concept redirection. Whatever is asked about a name, the model reads another entity instead.
 
 The early MLPs turn the last token of a name into what later layers read about it. The key at that token is given a new
-value, so that the residual stream becomes that of a name the model has never heard of (or of a neutral entity, or of the
-centroid of a class). No training, no forget answers: only the names are used.
+value, so that the residual stream becomes that of a name the model has never heard of (or of a neutral entity, or of
+the centroid of a class). No training; only names are used, a fact's answer only where a reversed prompt names it.
 
-Method: Ye, Zhang, Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795. Beyond it: paired contexts, one column
-per name and context, all names in one solve, protected name-sharers, scale-free ridge, fictitious names as target,
-layers by measured effect, experts of a Mixture-of-Experts block as one linear map.
+Method: Ye, Zhang, Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795. Beyond it: paired contexts, one
+column per name and context, all names in one solve, protected name-sharers, scale-free ridge, fictitious names as
+target, block by measured effect, experts of a Mixture-of-Experts block as one linear map, books read backwards.
 """
 
 from __future__ import annotations
@@ -22,27 +22,47 @@ from excise.actions import LowRank
 from excise.apply import applied
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
-from excise.facts import Fact, Facts, Prompt
+from excise.facts import Fact, Facts
 from excise.keys import read_keys, write_matrices
+from excise.mentions import Mention, mentions, sharing
 from excise.model import Model
-from excise.mentions import Mention, fictitious, mentions, sharing
+from excise.redirection import Redirection, candidate_blocks, entanglement, patch_effect, redirect
 from excise.registry import editor
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance, Solution, compress, solve_edit
 from excise.stats import moments
-from excise.trace import patched, read
+
+# Blocks that silence the answers within this share of the best one do so equally well.
+AS_GOOD = 0.05
+# Prompts that are asked to compare blocks.
+ASKED = 128
 
 
 @editor
-def rocr(model: Model, forget: Sequence[Fact], retain: Sequence[Fact], where: Localization | None = None, *, target: str = "fictitious",
-         layers: int = 1, candidates: int = 4, contexts: int = 8, names: int = 32, mode: str = "ridge", ridge: float = 1e-3,
-         protect: int = 64, texts: Sequence[str] | None = None, budget: int = 20_000, seed: int = 0) -> Edit:
+def rocr(
+    model: Model,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    where: Localization | None = None,
+    *,
+    target: str = "fictitious",
+    layers: int = 1,
+    candidates: int = 4,
+    contexts: int = 8,
+    names: int = 32,
+    mode: str = "ridge",
+    ridge: float = 1e-3,
+    protect: int = 64,
+    texts: Sequence[str] | None = None,
+    budget: int = 20_000,
+    seed: int = 0,
+) -> Edit:
     """An edit after which every name in `forget` reads as a name the model does not know.
 
-    target: "fictitious" (centroid of made-up names), "centroid" (centroid of the retain names), or a neutral subject's name.
+    target: "fictitious" (centroid of made-up names), "centroid" (centroid of the retain names), or a subject's name.
     layers: how many consecutive blocks share the change.
-    candidates: how many blocks from `where` (or from the first half of the model) are tried by patching before one is chosen.
+    candidates: how many blocks from `where` (without it, from the first half of the model) are compared by patching.
     contexts: wordings in which each name is read.
     names: how many names make the centroid.
     mode: "ridge" or "hard", see excise.solve.solve_edit.
@@ -52,154 +72,102 @@ def rocr(model: Model, forget: Sequence[Fact], retain: Sequence[Fact], where: Lo
     budget: tokens of ordinary text to read.
     seed: draws the fictitious names.
 
-    Raises ExciseError when a name has no token of its own, the block's MLP cannot write to the residual stream directly,
-    or there are no facts to forget.
+    Raises ExciseError when there is nothing to forget, no name to redirect to, no site at the subject's last token in
+    `where`, or when the block's MLP cannot write to the residual stream directly.
     """
     facts, kept = Facts(forget), Facts(retain)
     if not len(facts):
         raise ExciseError("nothing to forget: the forget set is empty")
-    told = mentions(facts, limit=contexts)
-    goals = _goals(model, told, facts, kept, target, names, seed)
-    last = _choose_last(model, facts, told, goals, where, candidates, layers)
-    chosen = list(range(last - layers + 1, last + 1))
-    guarded = sharing(mentions(kept, limit=contexts), told, limit=protect)
-    ordinary = list(texts) if texts is not None else _as_texts(kept)
-    cost = moments(model, chosen, ordinary, budget=budget)
+    told, others = mentions(facts, limit=contexts), mentions(kept, limit=contexts)
+    guarded = sharing(others, told, limit=protect)
+    redirection = redirect(told, others, target=target, names=names, seed=seed)
+    blocks = [b for b in candidate_blocks(model, where, candidates) if b >= layers - 1] or [layers - 1]
+    for block in blocks:
+        write_matrices(model, block)  # fails before the long part
+    reached = sorted({b for last in blocks for b in range(last - layers + 1, last + 1)})
+    cost = moments(model, reached, list(texts) if texts is not None else _as_texts(kept), budget=budget)
+    metrics = {name: Covariance(m.second) for name, m in cost.items()}
+    last, compared = _choose(model, redirection, facts, guarded or others, blocks, metrics)
     edit = Edit((), fingerprints={"tokenizer": model.tokenizer_fingerprint})
     reports = []
-    for i, layer in enumerate(chosen):
-        metrics = {n: Covariance(m.second) for n, m in cost.items()}
-        changes, report = _one_layer(model, edit, layer, last, len(chosen) - i, told, goals, guarded, metrics, mode, ridge)
+    for i in range(layers):
+        block = last - layers + 1 + i
+        changes, report = _one_block(model, edit, block, last, layers - i, redirection, guarded, metrics, mode, ridge)
         prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
         edit = replace(edit, changes=edit.changes + changes, fingerprints={**edit.fingerprints, **prints})
         reports.append(report)
-    recipe = {"model": model.name, "layers chosen": chosen, "subjects": facts.subjects, "solution": reports, "columns": len(told), "protected": len(guarded)}
+    recipe = {
+        "model": model.name,
+        "subjects": facts.subjects,
+        "blocks compared": compared,
+        "solution": reports,
+        "columns": len(told),
+        "protected": len(guarded),
+    }
     return replace(edit, recipe=recipe)
 
 
 def _as_texts(facts: Facts) -> list[Any]:
-    """Every trained prompt of the facts with its answer."""
-    return [replace(p, text=p.text if p.chat else f"{p.text} {p.answer}.") for f in facts for p in f.ask(held_out=False)]
+    """Every trained prompt of the facts; plain ones with their answers."""
+    return [p if p.chat else replace(p, text=f"{p.text} {p.answer}.") for f in facts for p in f.ask(held_out=False)]
 
 
-# targets
+def _choose(
+    model: Model,
+    redirection: Redirection,
+    facts: Facts,
+    others: Sequence[Mention],
+    blocks: Sequence[int],
+    metrics: Mapping[str, Covariance],
+) -> tuple[int, list[dict[str, float]]]:
+    """The block to end at: of those where the target state silences the answers, the one least entangled with others."""
+    if len(blocks) == 1:
+        return blocks[0], []
+    names = {m.name for m in redirection.mentions}
+    asked = [p for p in facts.prompts(held_out=False) if p.subject in names and p.form != "choice"]
+    asked = asked[:: max(1, len(asked) // ASKED)]
+    others = others[:: max(1, len(others) // ASKED)]
+    compared = [
+        {
+            "block": block,
+            "effect": patch_effect(model, redirection, asked, block),
+            "entanglement": entanglement(model, redirection.mentions, others, block, metrics),
+        }
+        for block in blocks
+    ]
+    best = max(row["effect"] for row in compared)
+    good = [row for row in compared if row["effect"] >= best - AS_GOOD * abs(best)]
+    return int(min(good, key=lambda row: row["entanglement"])["block"]), compared
 
 
-def _goals(model: Model, told: Sequence[Mention], facts: Facts, kept: Facts, target: str, names: int, seed: int) -> list[list[Prompt]]:
-    """For each mention, the prompts whose mean state is its target: the same context around other names."""
-    kinds = sorted({m.kind for m in told})
-    spoken = [*told, *mentions(kept, limit=1)]
-    known = {k: list(dict.fromkeys(m.name for m in spoken if m.kind == k)) for k in kinds}
-    if target == "fictitious":
-        pool = {k: fictitious(known[k], names, seed=seed) for k in kinds}
-    elif target == "centroid":
-        forgotten = {m.name for m in told}
-        pool = {k: [n for n in known[k] if n not in forgotten][:names] for k in kinds}
-    else:
-        pool = {k: [target] for k in kinds}
-    empty = [k for k, found in pool.items() if not found]
-    if empty:
-        raise ExciseError(f"no target names for {', '.join(empty)} prompts: give more retain facts, or name a neutral subject as target")
-    return [[m.around(name) for name in pool[m.kind]] for m in told]
-
-
-def _target_states(model: Model, goals: Sequence[Sequence[Prompt]], point: str) -> Tensor:
-    """Mean state [n_mentions, d] of each mention's target prompts at `point`; every distinct prompt is run once."""
-    distinct = list(dict.fromkeys(p for g in goals for p in g))
-    states = dict(zip(distinct, _states(model, distinct, point), strict=True))
-    return torch.stack([torch.stack([states[p] for p in g]).mean(0) if len(g) > 1 else states[g[0]] for g in goals])
-
-
-def _states(model: Model, prompts: Sequence[Prompt], point: str) -> Tensor:
-    site = Site(point, "subject_last")
-    return read(model, prompts, [site])[site]
-
-
-# where
-
-
-def _choose_last(model: Model, facts: Facts, told: Sequence[Mention], goals: Sequence[Sequence[Prompt]], where: Localization | None,
-                 candidates: int, layers: int) -> int:
-    """The last edited block: of the candidates, the one where patching the target state in silences the answers most."""
-    ranked = _ranked_layers(model, where, candidates)
-    ranked = [layer for layer in ranked if layer - layers + 1 >= 0] or [layers - 1]
-    for layer in ranked:
-        write_matrices(model, layer)  # fail before the long part
-    if len(ranked) == 1:
-        return ranked[0]
-    asked = [p for f in facts for p in f.ask(held_out=False) if p.subject and p.form != "choice"]
-    asked = asked[:: max(1, len(asked) // 128)]
-    effect = {layer: _patch_effect(model, asked, told, goals, layer) for layer in ranked}
-    best = max(effect.values())
-    # Among blocks that silence about equally, the earliest leaves attention the least to read around it.
-    return min(layer for layer, e in effect.items() if e >= best - 0.05 * abs(best))
-
-
-def _ranked_layers(model: Model, where: Localization | None, candidates: int) -> list[int]:
-    if where is None:
-        return list(range(1, max(2, model.n_layers // 2)))[:: max(1, model.n_layers // 2 // candidates)][:candidates]
-    at_subject = where.where(lambda s: s.layer is not None and s.position in ("subject_last", None) and "attn" not in s.point)
-    if not at_subject.sites:
-        raise ExciseError("the localization names no MLP or residual site at the subject's last token; run causal_trace, or name sites such as blocks.2.mlp.W_out")
-    best: dict[int, float] = {}
-    for site, score in zip(at_subject.sites, at_subject.average, strict=True):
-        assert site.layer is not None
-        best[site.layer] = max(best.get(site.layer, float("-inf")), float(score))
-    return sorted(sorted(best, key=lambda layer: -best[layer])[:candidates])
-
-
-def _patch_effect(model: Model, asked: Sequence[Prompt], told: Sequence[Mention], goals: Sequence[Sequence[Prompt]], layer: int) -> float:
-    """Mean drop of the answer's log-probability when the subject's last token gets its target state after block `layer`."""
-    point = f"blocks.{layer}.hook_resid_post"
-    states = _target_states(model, goals, point)
-    by_name: dict[str, list[int]] = {}
-    for i, m in enumerate(told):
-        by_name.setdefault(m.name, []).append(i)
-    drop = 0.0
-    for index, batch in model.batches(asked, answers=True):
-        goal = torch.stack([states[by_name[asked[i].subject]].mean(0) for i in index]).to(batch.ids.device)
-        at = batch.where("subject_last").to(batch.ids.device)
-
-        def put(x: Tensor, goal: Tensor = goal, at: Tensor = at) -> Tensor:
-            return torch.where(at[..., None], goal[:, None].to(x.dtype), x)
-
-        plain = _answer_logprobs(model, batch)
-        with patched(model, {point: put}):
-            drop += float((plain - _answer_logprobs(model, batch)).sum())
-    return drop / max(1, len(asked))
-
-
-def _answer_logprobs(model: Model, batch: Any) -> Tensor:
-    """Mean answer log-probability of each row, floored at log 1e-4 so that one sunk token does not decide."""
-    logp = model.logits(batch).log_softmax(-1)
-    rows = []
-    for row in range(len(batch)):
-        a, b = batch.starts[row], batch.lengths[row]
-        rows.append(logp[row, a - 1 : b - 1].gather(-1, batch.ids[row, a:b, None]).mean().clamp_min(-9.21))
-    return torch.stack(rows)
-
-
-# one block
-
-
-def _one_layer(model: Model, so_far: Edit, layer: int, last: int, remaining: int, told: Sequence[Mention], goals: Sequence[Sequence[Prompt]],
-               guarded: Sequence[Mention], metrics: Mapping[str, Covariance], mode: str, ridge: float) -> tuple[tuple[Change, ...], dict[str, Any]]:
+def _one_block(
+    model: Model,
+    so_far: Edit,
+    block: int,
+    last: int,
+    remaining: int,
+    redirection: Redirection,
+    guarded: Sequence[Mention],
+    metrics: Mapping[str, Covariance],
+    mode: str,
+    ridge: float,
+) -> tuple[tuple[Change, ...], dict[str, Any]]:
     """Changes of one block, with all earlier blocks' changes in force; it writes 1/remaining of the open gap."""
     point = f"blocks.{last}.hook_resid_post"
-    goal = _target_states(model, goals, point)
+    targets = redirection.targets(model, point)
     with applied(model, so_far):
-        keys, states = read_keys(model, [m.prompt for m in told], [layer], points=[point])
-        kept = read_keys(model, [m.prompt for m in guarded], [layer])[0][layer] if guarded else {}
-    gap = (goal - states[point]) / remaining
-    blocks = {n: k for n, k in keys[layer].items() if n in metrics}
-    walls = {n: kept.get(n, torch.zeros(len(guarded), k.shape[1])) for n, k in blocks.items()}
-    solution = solve_edit(blocks, gap, metrics, protect=_thin(walls) if guarded else None, mode=mode, ridge=ridge)
+        keys, states = read_keys(model, redirection.prompts, [block], points=[point])
+        kept = read_keys(model, [m.prompt for m in guarded], [block])[0][block] if guarded else {}
+    gap = (targets - states[point]) / remaining
+    parts = {name: k for name, k in keys[block].items() if name in metrics}
+    walls = {name: kept.get(name, torch.zeros(len(guarded), k.shape[1])) for name, k in parts.items()}
+    solution = solve_edit(parts, gap, metrics, protect=_thin(walls) if guarded else None, mode=mode, ridge=ridge)
     changes = tuple(
         Change(Site(name), LowRank(left.float().contiguous(), solution.right.float().contiguous()))
         for name, left in solution.left.items()
         if bool(left.any()) or not bool(gap.any())
     )
-    return changes, _report(layer, solution)
+    return changes, _report(block, solution)
 
 
 def _thin(walls: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -209,11 +177,13 @@ def _thin(walls: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, joint.split([walls[n].shape[1] for n in names], dim=1), strict=True))
 
 
-def _report(layer: int, solution: Solution) -> dict[str, Any]:
+def _report(block: int, solution: Solution) -> dict[str, Any]:
     share, leak = solution.share, solution.leak
     return {
-        "layer": layer, "rank": solution.rank, "condition": float(solution.condition),
-        "share min": float(share.min()), "share mean": float(share.mean()),
+        "block": block,
+        "rank": solution.rank,
+        "condition": float(solution.condition),
+        "share min": float(share.min()),
+        "share mean": float(share.mean()),
         "leak max": float(leak.max()) if len(leak) else 0.0,
     }
-

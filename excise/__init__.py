@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from excise.apply import applied, bake, export, verify
+    from excise.apply import applied, bake
     from excise.arms import Arm, compare
+    from excise.checkpoint import export
     from excise.edits import Edit
     from excise.facts import Fact, Facts, Prompt
     from excise.facts_io import read_facts, write_facts
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from excise.report import write_report
     from excise.scores import Localization, Results, Score
     from excise.sites import Site
+    from excise.verification import verify
 
 __version__ = "0.1.0"
 
@@ -35,10 +37,10 @@ _HOME = {
     "applied": "apply",
     "bake": "apply",
     "compare": "arms",
-    "export": "apply",
+    "export": "checkpoint",
     "load": "model",
     "read_facts": "facts_io",
-    "verify": "apply",
+    "verify": "verification",
     "write_facts": "facts_io",
     "write_report": "report",
 }

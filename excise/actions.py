@@ -42,7 +42,9 @@ class LowRank(WeightAction):
 
     def __post_init__(self) -> None:
         if self.left.dim() != 2 or self.right.dim() != 2 or self.left.shape[1] != self.right.shape[0]:
-            raise ValueError(f"LowRank: left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not chain to a matrix")
+            raise ValueError(
+                f"LowRank: left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not chain to a matrix"
+            )
 
     def delta(self, weight: Tensor) -> Tensor:
         """left @ right."""
@@ -85,7 +87,9 @@ class Sparse(WeightAction):
     def delta(self, weight: Tensor) -> Tensor:
         """A matrix of zeros with the values at their places."""
         flat = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
-        return flat.index_add(0, self.indices.to(weight.device), self.values.float().to(weight.device)).view(weight.shape)
+        return flat.index_add(0, self.indices.to(weight.device), self.values.float().to(weight.device)).view(
+            weight.shape
+        )
 
     def scaled(self, factor: float) -> Sparse:
         """The values times `factor`."""

@@ -37,7 +37,11 @@ def applied(model: Model, edit: Edit, *, force: bool = False) -> Iterator[Runnin
         for gate in {id(c.gate): c.gate for c in edit.changes if c.gate is not None}.values():
             stack.enter_context(patched(model, {gate.site.point: _judging(running, gate)}))
         for i, change in enumerate(edit.changes):
-            stack.enter_context(_weight_change(model, running, i, change) if change.site.is_weight else _activation_change(model, running, i, change))
+            stack.enter_context(
+                _weight_change(model, running, i, change)
+                if change.site.is_weight
+                else _activation_change(model, running, i, change)
+            )
         yield running
 
 
@@ -94,7 +98,9 @@ def _weight_change(model: Model, running: Running, index: int, change: Change) -
         handle = module.register_forward_hook(_side_path(model, running, index, change, delta))
         undo = handle.remove
     elif change.gate is not None:
-        raise ExciseError(f"{change.site}: a gated change needs a linear layer of its own, and this matrix is part of a fused one; use it without gate")
+        raise ExciseError(
+            f"{change.site}: a gated change needs a linear layer of its own, and this matrix is part of a fused one; use it without gate"
+        )
     else:
         undo = _swap(model, name, action)
         running.fired[index] = -1
@@ -109,7 +115,10 @@ def _weight_change(model: Model, running: Running, index: int, change: Change) -
 def _side_path(model: Model, running: Running, index: int, change: Change, delta: Tensor | None) -> Any:
     part = model.names.weight(change.site.point).part
     weight = model.weight(change.site.point)
-    factors = [t.to(weight.device, weight.dtype) for t in ((change.action.left, change.action.right) if delta is None else (delta,))]  # type: ignore[union-attr]
+    factors = [
+        t.to(weight.device, weight.dtype)
+        for t in ((change.action.left, change.action.right) if delta is None else (delta,))
+    ]  # type: ignore[union-attr]
 
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         gain = args[0]
@@ -193,7 +202,9 @@ def bake(model: Model, edit: Edit, *, force: bool = False) -> Baked:
     """
     stuck = [str(c.site) for c in edit.changes if not c.bakeable]
     if stuck:
-        raise NotBakeable(f"{len(stuck)} changes live in activations or behind a gate and cannot be baked: {', '.join(stuck)}; use applied()")
+        raise NotBakeable(
+            f"{len(stuck)} changes live in activations or behind a gate and cannot be baked: {', '.join(stuck)}; use applied()"
+        )
     check(model, edit, force=force)
     kept = {name: model.weight(name).detach().clone() for name in dict.fromkeys(c.site.point for c in edit.changes)}
     baked = Baked(model, edit, kept)
@@ -212,7 +223,9 @@ def check(model: Model, edit: Edit, *, force: bool = False) -> None:
     for change in edit.changes:
         if change.site.is_weight:
             if model.names.is_offloaded(change.site.point):
-                raise ExciseError(f"{change.site}: its weights are offloaded, so a change would be lost; load the model without offload")
+                raise ExciseError(
+                    f"{change.site}: its weights are offloaded, so a change would be lost; load the model without offload"
+                )
         else:
             model.names.tap(change.site.point)
         if change.gate is not None:
@@ -227,7 +240,9 @@ def _check_order(model: Model, change: Change) -> None:
     acts_at = change.site.point if not change.site.is_weight else model.names.weight(change.site.point).reads
     order = {name: i for i, name in enumerate(model.names.points())}
     if acts_at in order and order[change.gate.site.point] > order[acts_at]:
-        raise ExciseError(f"{change.site}: its gate reads {change.gate.site}, which the forward pass reaches only later; move the gate to an earlier site")
+        raise ExciseError(
+            f"{change.site}: its gate reads {change.gate.site}, which the forward pass reaches only later; move the gate to an earlier site"
+        )
 
 
 def _check_fingerprints(model: Model, edit: Edit) -> None:

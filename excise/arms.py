@@ -80,7 +80,9 @@ class Arm:
                         target = batch.ids[row, a:b]
                         own = logp.argmax(-1)
                         picked = logp.gather(-1, target[:, None])[:, 0]
-                        self._answers[new[i]] = Answer(tuple(picked.tolist()), tuple(own.tolist()), bool((own == target).all()))
+                        self._answers[new[i]] = Answer(
+                            tuple(picked.tolist()), tuple(own.tolist()), bool((own == target).all())
+                        )
         return [self._answers[p] for p in prompts]
 
     def generate(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 16, **options: Any) -> list[str]:
@@ -115,8 +117,15 @@ def _literal(model: Model, text: str) -> Prompt:
 Evaluation = Callable[..., Sequence[Score]]
 
 
-def compare(arms: Sequence[Arm] | Model, edits: Mapping[str, Edit] | None, evaluations: Sequence[Evaluation], facts: Sequence[Fact],
-            *, oracle: Model | None = None, progress: Callable[[str], None] | None = None) -> Results:
+def compare(
+    arms: Sequence[Arm] | Model,
+    edits: Mapping[str, Edit] | None,
+    evaluations: Sequence[Evaluation],
+    facts: Sequence[Fact],
+    *,
+    oracle: Model | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Results:
     """Every evaluation on every arm, over the same facts.
 
     arms: a list of arms (the first is "before"), or a model, with `edits` naming one arm per edit.

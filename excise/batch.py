@@ -2,13 +2,13 @@
 
 A shard is a function of the fact's id, so workers need no coordinator: processes, job arrays and Ray all run the same
 command with another `--shard i/n`. Facts are worked through in chunks of at most 8; a finished chunk is one file under
-`parts/`, written under a temporary name and renamed, so a killed run loses the chunk in flight and nothing else. Each row
-carries the key of its item, a hash of the fact, the method, its settings and the model; what is keyed is not done again.
+`parts/`, written under a temporary name and renamed, so a killed run loses the chunk in flight and nothing else. Each
+row carries the key of its item, a hash of the fact, the method, its settings and the model; what has a key there is not
+done again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -35,33 +35,63 @@ if TYPE_CHECKING:
 
 CHUNK = 8
 TABLE = "localization.parquet"
-NO_SITE = "no site has a score"
-COLUMNS = ("fact_id", "method", "site", "point", "layer", "position", "unit", "score", "low", "high", "reason", "key")
+# status: "scored", "skipped" (the method has nothing to say about this fact) or "failed" (tried again by the next run).
+COLUMNS = (
+    "fact_id",
+    "method",
+    "status",
+    "site",
+    "point",
+    "layer",
+    "position",
+    "unit",
+    "score",
+    "low",
+    "high",
+    "reason",
+    "key",
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did: facts computed now, facts found finished, failed facts with their reason, the table if complete."""
+    """What a run did.
+
+    computed: facts worked through now; found: facts finished before. skipped, failed: reasons by fact, of this run.
+    table: the merged table once every shard is complete.
+    """
 
     computed: int
     found: int
+    skipped: dict[str, str]
     failed: dict[str, str]
     table: Path | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One method with its settings over one list of facts into one folder."""
+    """One method with its settings over one list of facts into one folder.
+
+    A method that borrows counterparts from other facts is lent all of them, whatever the shard and the chunk.
+    """
 
     method: Method
     settings: Mapping[str, Any]
     facts: Facts
     out: Path
 
+    @property
+    def pool(self) -> dict[str, Facts]:
+        """The facts that the method may borrow from, as its option `pool` where it has one."""
+        return {"pool": self.facts} if any(o.name == "pool" for o in self.method.options) else {}
+
     def keys(self, model: Model) -> dict[str, str]:
         """The key of every fact's item, by fact id."""
         shared = json.dumps([self.method.name, dict(self.settings), model.fingerprint], sort_keys=True, default=str)
-        return {f.id: hashlib.sha256(f"{shared}{json.dumps(as_record(f), sort_keys=True)}".encode()).hexdigest()[:20] for f in self.facts}
+        return {
+            f.id: hashlib.sha256(f"{shared}{json.dumps(as_record(f), sort_keys=True)}".encode()).hexdigest()[:20]
+            for f in self.facts
+        }
 
 
 def shard_of(fact_id: str, shards: int) -> int:
@@ -69,7 +99,9 @@ def shard_of(fact_id: str, shards: int) -> int:
     return int.from_bytes(hashlib.sha256(fact_id.encode()).digest()[:8], "big") % shards
 
 
-def localize(model: Model, job: Job, *, shard: int = 0, shards: int = 1, chunk: int = CHUNK, skip_bad: bool = False) -> Outcome:
+def localize(
+    model: Model, job: Job, *, shard: int = 0, shards: int = 1, chunk: int = CHUNK, skip_bad: bool = False
+) -> Outcome:
     """Work through one shard; when it completes the last one, write the merged table.
 
     Raises ExciseError at the first fact that cannot be localized, the others of its chunk saved, unless `skip_bad`.
@@ -78,18 +110,22 @@ def localize(model: Model, job: Job, *, shard: int = 0, shards: int = 1, chunk: 
     done = _finished(job.out)
     mine = [f for f in job.facts if shard_of(f.id, shards) == shard]
     pending = [f for f in mine if keys[f.id] not in done]
+    skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for facts in bar([pending[i : i + chunk] for i in range(0, len(pending), chunk)], what=f"{job.method.name} (chunks of {chunk})"):
+    for facts in bar(
+        [pending[i : i + chunk] for i in range(0, len(pending), chunk)], what=f"{job.method.name} (chunks of {chunk})"
+    ):
         rows, bad = _chunk(model, job, facts, keys, skip_bad)
         if rows:
             _write_part(job.out, rows)
         failed |= bad
+        skipped |= {r["fact_id"]: r["reason"] for r in rows if r["status"] == "skipped"}
         if bad and not skip_bad:
             name, reason = next(iter(bad.items()))
             raise ExciseError(f"fact {name}: {reason}; mend it, or leave such facts out with --skip-bad")
     table = merge(job, keys)
     _write_run(model, job, table is not None, failed, time.time() - started)
-    return Outcome(len(pending) - len(failed), len(mine) - len(pending), failed, table)
+    return Outcome(len(pending) - len(failed), len(mine) - len(pending), skipped, failed, table)
 
 
 def merge(job: Job, keys: Mapping[str, str]) -> Path | None:
@@ -105,11 +141,13 @@ def merge(job: Job, keys: Mapping[str, str]) -> Path | None:
             found.setdefault(row["key"], []).append(row)
         for key, items in found.items():
             # A fact that failed once and worked later counts as finished.
-            if key in order and (key not in rows or rows[key][0]["reason"]):
+            if key in order and (key not in rows or rows[key][0]["status"] == "failed"):
                 rows[key] = items
     if len(rows) < len(order):
         return None
-    table = pa.Table.from_pylist([r for key in sorted(rows, key=order.__getitem__) for r in rows[key]], schema=_schema())
+    table = pa.Table.from_pylist(
+        [r for key in sorted(rows, key=order.__getitem__) for r in rows[key]], schema=_schema()
+    )
     with atomic(job.out / TABLE) as temporary:
         pq.write_table(table, temporary)
     return job.out / TABLE
@@ -131,7 +169,9 @@ def read_localization(path: str | Path) -> Localization:
     for row in rows:
         scores[at_fact[row["fact_id"]], at_site[row["site"]]] = row["score"]
     method = rows[0]["method"] if rows else "?"
-    return Localization(tuple(Site.parse(s) for s in sites), scores, tuple(facts), {"method": method, "file": str(file)})
+    return Localization(
+        tuple(Site.parse(s) for s in sites), scores, tuple(facts), {"method": method, "file": str(file)}
+    )
 
 
 def _chunk(
@@ -139,13 +179,15 @@ def _chunk(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Rows of the chunk and the facts that failed; one bad fact does not cost its neighbours."""
     try:
-        return list(_rows(job, job.method.function(model, Facts(facts), **job.settings), facts, keys)), {}
+        return list(_rows(job, job.method.function(model, Facts(facts), **job.settings, **job.pool), facts, keys)), {}
     except UnknownName:
         raise
     except (ValueError, ExciseError) as error:
         if len(facts) == 1:
             reason = " ".join(str(error).split())
-            return [_row(job, facts[0], keys, reason=reason)] if skip_bad else [], {facts[0].id: reason}
+            return [_row(job, facts[0], keys, status="failed", reason=reason)] if skip_bad else [], {
+                facts[0].id: reason
+            }
     rows: list[dict[str, Any]] = []
     bad: dict[str, str] = {}
     for fact in facts:
@@ -156,24 +198,32 @@ def _chunk(
 
 def _rows(job: Job, found: Localization, facts: Iterable[Fact], keys: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     maps = {m.fact_id: m for m in found.maps}
+    reasons = {s["fact"]: s["reason"] for s in found.recipe.get("skipped", ())}
     for fact in facts:
         if fact.id not in found.fact_ids:
             raise ValueError(f"fact {fact.id}: {job.method.name} gave no scores for it")
         scores = found.scores[found.fact_ids.index(fact.id)]
         present = [(s, float(v)) for s, v in zip(found.sites, scores, strict=True) if not math.isnan(v)]
-        ends = {"low": maps[fact.id].low, "high": maps[fact.id].high} if fact.id in maps else {}
+        ends: dict[str, Any] = {"low": maps[fact.id].low, "high": maps[fact.id].high} if fact.id in maps else {}
         for site, score in present:
             yield _row(job, fact, keys, site=site, score=score, **ends)
         if not present:
-            yield _row(job, fact, keys, reason=NO_SITE)
+            yield _row(job, fact, keys, status="skipped", reason=reasons.get(fact.id, "no site has a score"))
 
 
-def _row(job: Job, fact: Fact, keys: Mapping[str, str], *, site: Site | None = None, **values: Any) -> dict[str, Any]:
+def _row(
+    job: Job, fact: Fact, keys: Mapping[str, str], *, status: str = "scored", site: Site | None = None, **values: Any
+) -> dict[str, Any]:
     place = {} if site is None else {
         "site": str(site), "point": site.point, "layer": site.layer, "unit": site.unit,
         "position": None if site.position is None else str(site.position),
     }  # fmt: skip
-    return dict.fromkeys(COLUMNS) | {"fact_id": fact.id, "method": job.method.name, "key": keys[fact.id]} | place | values
+    return (
+        dict.fromkeys(COLUMNS)
+        | {"fact_id": fact.id, "method": job.method.name, "status": status, "key": keys[fact.id]}
+        | place
+        | values
+    )
 
 
 def _schema() -> Any:
@@ -192,8 +242,8 @@ def _finished(out: Path) -> set[str]:
 
     done: set[str] = set()
     for part in _parts(out):
-        table = pq.read_table(part, columns=["key", "reason", "site"])
-        done |= {r["key"] for r in table.to_pylist() if r["site"] is not None or r["reason"] == NO_SITE}
+        rows = pq.read_table(part, columns=["key", "status"]).to_pylist()
+        done |= {r["key"] for r in rows if r["status"] != "failed"}
     return done
 
 
@@ -207,9 +257,17 @@ def _write_part(out: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_run(model: Model, job: Job, complete: bool, failed: Mapping[str, str], seconds: float) -> None:
-    settings = {
-        "command": "localize", "method": job.method.name, "settings": {k: str(v) if dataclasses.is_dataclass(v) else v for k, v in job.settings.items()},
-        "model": model.name, "fingerprint": model.fingerprint, "facts": len(job.facts), "complete": complete, "failed": dict(failed),
-        "seconds": round(seconds, 3), "excise": __version__, "python": platform.python_version(),
-    }  # fmt: skip
-    write_text(job.out / "run.json", json.dumps(settings, indent=1, ensure_ascii=False, default=str) + "\n")
+    record = {
+        "command": "localize",
+        "method": job.method.name,
+        "settings": dict(job.settings),
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "facts": len(job.facts),
+        "complete": complete,
+        "failed": dict(failed),
+        "seconds": round(seconds, 3),
+        "excise": __version__,
+        "python": platform.python_version(),
+    }
+    write_text(job.out / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")

@@ -1,4 +1,4 @@
-"""The whole chain: trace, cut, verify, measure every arm, report. `excise demo` and `excise run` are this with other inputs.
+"""The whole chain: trace, cut, verify, measure every arm, report. `excise demo` and `excise run` differ in the inputs.
 
 A run folder holds facts.jsonl, localization.safetensors, edit.safetensors, results.jsonl, run.json and report.html.
 Each stage is kept as soon as it is finished and is not done again when the same run is started again.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from excise.model import Model
 from excise.progress import say
 from excise.registry import method
 from excise.scores import Localization, Results
-from excise.verify import Verification, verify
+from excise.verification import Verification, verify
 
 # Tracing more facts than this hardly moves the mean map; they are taken from all people in turn.
 TRACED = 16
@@ -45,10 +45,10 @@ class Unverified(ExciseError):
 class Inputs:
     """What a run starts from.
 
-    texts: ordinary text of the model's own world, for statistics and for the general loss; the general facts when empty.
+    texts: ordinary text of the model's own world, for statistics and the general loss; the general facts when empty.
     refusals: the sentences with which the model was trained to refuse; its words are read when empty.
     oracle: the same model without the forget facts, where there is one.
-    localizer, editor: names of methods; options: by method name.
+    localizer, editor: names of methods; options: by method name. command: what was typed, for the report.
     """
 
     model: Model
@@ -62,12 +62,21 @@ class Inputs:
     editor: str = "rocr"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluations: tuple[str, ...] = EVALUATIONS
+    command: str = ""
 
     @property
     def key(self) -> str:
         """Hash of everything that the localization and the edit depend on."""
         options = {name: dict(given) for name, given in self.options.items()}
-        return digest(self.model.fingerprint, facts_digest(self.facts), self.seed, self.localizer, self.editor, options, self.texts)
+        return digest(
+            self.model.fingerprint,
+            facts_digest(self.facts),
+            self.seed,
+            self.localizer,
+            self.editor,
+            options,
+            self.texts,
+        )
 
 
 @dataclass(frozen=True)
@@ -120,17 +129,25 @@ def run(inputs: Inputs) -> Run:
         verification = _verify(inputs, edit)
     if not verification.ok:
         _write_run(inputs, clock, verification)
-        raise Unverified(f"{inputs.out / 'edit.safetensors'}: {'; '.join(verification.problems)}; try another layer or target")
+        raise Unverified(
+            f"{inputs.out / 'edit.safetensors'}: {'; '.join(verification.problems)}; try another layer or target"
+        )
     with _timed(clock, "measure"):
         results = _measure(inputs, edit)
     with _timed(clock, "report"):
         samples = own_words(inputs, edit)
         recipe = _settings(inputs)
         report = write_report(
-            inputs.out, facts=inputs.facts, localization=localization, edit=edit, results=results, verification=verification,
-            recipe=recipe, samples=samples,
-        )  # fmt: skip
-    _write_run(inputs, clock, verification)
+            inputs.out,
+            facts=inputs.facts,
+            localization=localization,
+            edit=edit,
+            results=results,
+            verification=verification,
+            recipe=recipe,
+            samples=samples,
+        )
+    _write_run(inputs, clock, verification, samples)
     return Run(inputs, localization, edit, verification, results, report, clock)
 
 
@@ -218,7 +235,7 @@ def own_words(inputs: Inputs, edit: Edit, count: int = 8) -> list[dict[str, str]
 
 
 def _in_turn(facts: Facts, most: int) -> list[Fact]:
-    """The first fact of every subject, then the second of every subject, and so on; another relation for each subject."""
+    """The first fact of every subject, then the second of each, and so on; another relation for each subject."""
     by_subject: dict[str, list[Fact]] = {}
     for fact in facts:
         by_subject.setdefault(fact.subject or fact.id, []).append(fact)
@@ -228,18 +245,24 @@ def _in_turn(facts: Facts, most: int) -> list[Fact]:
 
 
 def _settings(inputs: Inputs) -> dict[str, Any]:
+    """How the run can be repeated, in the words of the report."""
+    oracle = {"oracle": inputs.oracle.name} if inputs.oracle else {}
+    prints = {"model": inputs.model.fingerprint, "tokenizer": inputs.model.tokenizer_fingerprint}
+    prints |= {"oracle": inputs.oracle.fingerprint} if inputs.oracle else {}
     return {
+        "command": inputs.command,
         "model": inputs.model.name,
-        "fingerprint": inputs.model.fingerprint,
-        "oracle": inputs.oracle.name if inputs.oracle else None,
+        **oracle,
         "facts": inputs.facts.counts,
         "forget": inputs.facts.group("forget").subjects,
-        "seed": inputs.seed,
         "localizer": inputs.localizer,
         "editor": inputs.editor,
         "options": {name: dict(given) for name, given in inputs.options.items()},
         "evaluations": list(inputs.evaluations),
+        "seeds": {"run": inputs.seed},
+        "fingerprints": prints,
         "versions": _versions(),
+        "undo": f"{inputs.model.name} was never written to: load it without edit.safetensors and all is as it was.",
     }
 
 
@@ -250,14 +273,20 @@ def _versions() -> dict[str, str]:
     return {"excise": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
 
 
-def _write_run(inputs: Inputs, clock: Mapping[str, float], verification: Verification | None) -> None:
+def _write_run(
+    inputs: Inputs,
+    clock: Mapping[str, float],
+    verification: Verification | None,
+    samples: Sequence[Mapping[str, str]] = (),
+) -> None:
     record = {
         "key": inputs.key,
         **_settings(inputs),
         "device": str(inputs.model.device),
         "threads": torch.get_num_threads(),
         "seconds": {k: round(v, 2) for k, v in clock.items()},
-        "verification": None if verification is None else {"ok": verification.ok, "problems": list(verification.problems), "changes": verification.rows()},
+        "verification": None if verification is None else {"said": str(verification), "changes": verification.rows()},
+        "samples": list(samples),
     }
     write_text(inputs.out / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
 

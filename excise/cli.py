@@ -77,7 +77,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((w for w in words if not w.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        made = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+        made = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+        )
         if name == chosen:
             module = importlib.import_module(f"excise.commands.{_MODULES.get(name, name)}")
             made.add_argument("--quiet", action="store_true", help="say nothing but results and errors")

@@ -1,4 +1,4 @@
-"""What excise can reach in a model: parameters by component, names that resolve, dtype and placement, tokenizer, experts."""
+"""What excise can reach in a model: parameters by component, names, dtype and placement, tokenizer, experts."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def doctor(model: Model) -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The report as (topic, text) pairs for a terminal."""
     tokenizer, names = report["tokenizer"], report["names"]
+    offsets = "exact" if tokenizer["offsets"] else "missing"
     shares = ", ".join(f"{k} {v:.1%}" for k, v in report["components"].items())
     places = ", ".join(f"{k} {v:.0%}" for k, v in report["devices"].items())
     experts = f"{report['experts']} a block, {report['experts_per_token']} per token" if report["experts"] else "none"
@@ -40,11 +41,15 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{report['parameters']:,} in {report['layers']} layers: {shares}"),
         ("experts", experts),
         ("tied embeddings", "yes: an edit of one is an edit of both" if report["tied_embeddings"] else "no"),
-        ("names", f"{names['activations']} activations, {names['matrices']} matrices; they reach {report['reachable']:.1%} of the parameters"),
+        (
+            "names",
+            f"{names['activations']} activations, {names['matrices']} matrices, "
+            f"which reach {report['reachable']:.1%} of the parameters",
+        ),
         ("dtype", ", ".join(report["dtypes"])),
         ("devices", places),
         ("context", f"{report['context'] or 'unknown'} tokens"),
-        ("tokenizer", f"{tokenizer['class']}, {tokenizer['entries']} entries, {'offsets are exact' if tokenizer['offsets'] else 'no usable offsets'}"),
+        ("tokenizer", f"{tokenizer['class']}, {tokenizer['entries']} entries, offsets {offsets}"),
         ("BOS", "added" if tokenizer["adds_bos"] else "not added" if tokenizer["has_bos"] else "none"),
         ("chat template", "yes" if tokenizer["chat_template"] else "no: chat prompts are sent as plain text"),
         ("fingerprint", report["fingerprint"]),
@@ -53,7 +58,7 @@ def lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _weights(model: Model) -> dict[str, Any]:
-    owner = {}
+    owner: dict[str, str] = {}
     for name in model.names.weights():
         owner.setdefault(model.names.weight(name).parameter, name)
     # A tied matrix has several names in the model and is counted once.
@@ -134,13 +139,20 @@ def _offsets_hold(tokenizer: Any) -> bool:
 def _problems(report: dict[str, Any]) -> list[str]:
     tokenizer, found = report["tokenizer"], []
     if not tokenizer["offsets"]:
-        found.append("the tokenizer does not say where its tokens come from, so subjects cannot be found; use its fast version")
+        found.append(
+            "the tokenizer does not say where its tokens come from, so subjects cannot be found; use its fast version"
+        )
     if tokenizer["entries"] > tokenizer["embeddings"]:
-        found.append(f"the tokenizer has {tokenizer['entries']} entries but the model {tokenizer['embeddings']} embeddings; they do not belong together")
+        found.append(
+            f"the tokenizer has {tokenizer['entries']} entries but the model {tokenizer['embeddings']} embeddings; "
+            "they do not belong together"
+        )
     if "offloaded" in report["devices"]:
         found.append("some weights are offloaded, and an edit of those would be lost; load the model without offload")
     if report["quantised"]:
         found.append("weights are quantised: hooks work, but editing and exporting need the full-precision checkpoint")
     if report["components"].get("out of reach", 0) > 0.01:
-        found.append(f"{report['components']['out of reach']:.1%} of the parameters have no name that an edit could use")
+        found.append(
+            f"{report['components']['out of reach']:.1%} of the parameters have no name that an edit could use"
+        )
     return found

@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 
-from excise.actions import Abstain, ActivationAction, Affine, Clamp, Dense, LowRank, Reflect, Scale, Sparse, WeightAction
+from excise.actions import (
+    Abstain,
+    ActivationAction,
+    Affine,
+    Clamp,
+    Dense,
+    LowRank,
+    Reflect,
+    Scale,
+    Sparse,
+    WeightAction,
+)
 from excise.gates import Box, Gate, Linear, Share
 from excise.sites import DEPLOYABLE_RULES, Site
 
@@ -82,9 +93,13 @@ class Edit:
     def __add__(self, other: Edit) -> Edit:
         for name, value in other.fingerprints.items():
             if self.fingerprints.get(name, value) != value:
-                raise ValueError(f"these edits were computed on different weights: {name} is {self.fingerprints[name]} in one and {value} in the other")
+                raise ValueError(
+                    f"these edits were computed on different weights: {name} is {self.fingerprints[name]} in one and {value} in the other"
+                )
         parts = [*self.recipe.get("parts", [self.recipe]), *other.recipe.get("parts", [other.recipe])]
-        return Edit(self.changes + other.changes, {"method": "sum", "parts": parts}, {**self.fingerprints, **other.fingerprints})
+        return Edit(
+            self.changes + other.changes, {"method": "sum", "parts": parts}, {**self.fingerprints, **other.fingerprints}
+        )
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per change: site, kind, rank, norm, gate, number of stored values."""
@@ -117,7 +132,9 @@ class Edit:
         lines = [f"{'site':<40} {'kind':<10} {'rank':>5} {'norm':>10}  gate"]
         for row in self.summary():
             norm = "" if row["norm"] is None else f"{row['norm']:.4g}"
-            lines.append(f"{row['site']:<40} {row['kind']:<10} {row['rank'] or '':>5} {norm:>10}  {row['gate'] or 'always'}")
+            lines.append(
+                f"{row['site']:<40} {row['kind']:<10} {row['rank'] or '':>5} {norm:>10}  {row['gate'] or 'always'}"
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -130,5 +147,18 @@ class Edit:
 
 
 __all__ = [
-    "Abstain", "Affine", "Box", "Change", "Clamp", "Dense", "Edit", "Gate", "Linear", "LowRank", "Reflect", "Scale", "Share", "Sparse",
+    "Abstain",
+    "Affine",
+    "Box",
+    "Change",
+    "Clamp",
+    "Dense",
+    "Edit",
+    "Gate",
+    "Linear",
+    "LowRank",
+    "Reflect",
+    "Scale",
+    "Share",
+    "Sparse",
 ]

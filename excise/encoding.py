@@ -58,7 +58,9 @@ def render(tokenizer: Any, prompt: Prompt) -> tuple[str, int, bool]:
     """The text that is tokenised, the offset of `prompt.text` in it, and whether the template supplied special tokens."""
     if not prompt.chat or not getattr(tokenizer, "chat_template", None):
         return prompt.text, 0, False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
+    )
     # Templates often strip the user's text.
     offset = text.find(prompt.text.strip()) - (len(prompt.text) - len(prompt.text.lstrip()))
     return text, offset, True
@@ -86,7 +88,9 @@ def encode_row(tokenizer: Any, prompt: Prompt, *, answer: bool) -> Row:
     would go wrong wherever the tokenizer merges across the boundary.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed to find the subject's tokens")
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed to find the subject's tokens"
+        )
     text, offset, templated = render(tokenizer, prompt)
     ids, spans = _tokenise(tokenizer, text, templated)
     end = getattr(tokenizer, "eos_token_id", None)
@@ -97,14 +101,22 @@ def encode_row(tokenizer: Any, prompt: Prompt, *, answer: bool) -> Row:
         first, last = (offset + c for c in prompt.span)
         inside = [i for i, (a, b) in enumerate(spans) if b > a and b > first and a < last]
         if not inside:
-            raise ValueError(f"fact {prompt.fact_id or '?'}: subject {prompt.subject!r} got no token of its own in {prompt.text!r}")
+            raise ValueError(
+                f"fact {prompt.fact_id or '?'}: subject {prompt.subject!r} got no token of its own in {prompt.text!r}"
+            )
         subject = (inside[0], inside[-1] + 1)
     bos = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     if not answer:
         return Row(ids, len(ids), subject, bos)
     gap = "" if templated or not text or text[-1].isspace() else " "
     full, _ = _tokenise(tokenizer, text + gap + prompt.answer, templated)
-    if full and full[-1] == end and full[: len(ids)] == ids and len(full) > len(ids) + 1 and not prompt.answer.endswith(str(tokenizer.eos_token)):
+    if (
+        full
+        and full[-1] == end
+        and full[: len(ids)] == ids
+        and len(full) > len(ids) + 1
+        and not prompt.answer.endswith(str(tokenizer.eos_token))
+    ):
         full = full[:-1]
     start = next((i for i, (a, b) in enumerate(zip(ids, full, strict=False)) if a != b), min(len(ids), len(full)))
     if start >= len(full):
@@ -121,8 +133,13 @@ def collate(prompts: Sequence[Prompt], rows: Sequence[Row], pad: int) -> Batch:
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         mask[i, : len(row.ids)] = 1
     return Batch(
-        tuple(prompts), ids, mask, tuple(len(r.ids) for r in rows), tuple(r.start for r in rows),
-        tuple(r.subject for r in rows), tuple(r.has_bos for r in rows),
+        tuple(prompts),
+        ids,
+        mask,
+        tuple(len(r.ids) for r in rows),
+        tuple(r.start for r in rows),
+        tuple(r.subject for r in rows),
+        tuple(r.has_bos for r in rows),
     )
 
 

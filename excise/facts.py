@@ -84,9 +84,7 @@ class Fact:
     def ask(self, *forms: str, held_out: bool | None = None) -> list[Prompt]:
         """Prompts of the given forms (all when none is given); `held_out` narrows to one side of the split."""
         return [
-            p
-            for p in self.prompts
-            if (not forms or p.form in forms) and (held_out is None or p.held_out == held_out)
+            p for p in self.prompts if (not forms or p.form in forms) and (held_out is None or p.held_out == held_out)
         ]
 
 

@@ -1,4 +1,4 @@
-"""Records of other people's data sets as our Facts: ROME known_1000, CounterFact, EasyEdit, ZsRE, TOFU, PISTOL, KnowUnDo.
+"""Records of other people's data sets as Facts: ROME known_1000, CounterFact, EasyEdit, ZsRE, TOFU, PISTOL, KnowUnDo.
 
 Each reader takes one decoded record and a fallback id, and returns facts; fields it does not need are left alone. The
 group is "forget" unless the record says otherwise. `excise.facts_io` chooses the reader and reports errors by line.
@@ -54,7 +54,16 @@ def easyedit(record: Record, fallback: str) -> list[Fact]:
     prompts = [Prompt(prompt, "", subject)]
     prompts += [Prompt(w, "", subject, held_out=True) for w in wordings if subject in w]
     foil = record.get("target_new") or record.get("alt") or ""
-    facts = [_fact(case, subject, first, prompts, aliases=tuple(others), foils=(foil,) if isinstance(foil, str) and foil else ())]
+    facts = [
+        _fact(
+            case,
+            subject,
+            first,
+            prompts,
+            aliases=tuple(others),
+            foils=(foil,) if isinstance(foil, str) and foil else (),
+        )
+    ]
     for i, (question, answer) in enumerate(_locality(record)):
         facts.append(_fact(f"{case}-n{i}", question, answer, [Prompt(question, "")], group="neighbour"))
     return facts
@@ -91,8 +100,8 @@ def question_answer(record: Record, fallback: str) -> list[Fact]:
     wrong = record.get("perturbed_answer") or ()
     foils = (wrong,) if isinstance(wrong, str) else tuple(wrong)
     tags = {"edge": edge} if edge else {}
-    return [_fact(str(number), subject or (edge if edge not in ("", "forget", "retain") else question), answer.rstrip("."), prompts,
-                  group=group, foils=foils, tags=tags)]  # fmt: skip
+    about = subject or (edge if edge not in ("", "forget", "retain") else question)
+    return [_fact(str(number), about, answer.rstrip("."), prompts, group=group, foils=foils, tags=tags)]
 
 
 # The fields that give a format away, most telling first.
@@ -131,9 +140,11 @@ def answers(record: Record, *names: str) -> list[str]:
     """The accepted answers in the first of the named fields: a text, a list of texts, or {"str": text}."""
     name = next((n for n in names if record.get(n)), None)
     if name is None:
-        raise ValueError(f"no answer: the record has none of {', '.join(names)}; give the answer that the model holds today")
+        raise ValueError(
+            f"no answer: the record has none of {', '.join(names)}; give the answer that the model holds today"
+        )
     value = record[name]
-    value = value.get("str") if isinstance(value, dict) else value
+    value = value.get("str", "") if isinstance(value, dict) else value
     found = [v.strip() for v in ([value] if isinstance(value, str) else value) if isinstance(v, str) and v.strip()]
     if not found:
         raise ValueError(f"field {name!r} is empty; give the answer that the model holds today")

@@ -1,4 +1,4 @@
-"""Facts in and out: JSON Lines, or one JSON list, of our own records or those of other data sets (`excise.facts_foreign`).
+"""Facts in and out: JSON Lines, or one JSON list, of our own records or those of other data sets (`facts_foreign`).
 
 Our own record, the fields in brackets optional:
 
@@ -27,7 +27,8 @@ from excise.facts import GROUPS, Fact, Facts, Prompt
 from excise.facts_foreign import Record, reader_of, text
 
 FACT_FIELDS = (
-    "id", "subject", "answer", "prompt", "prompts", "question", "paraphrases", "relation", "group", "aliases", "foils", "tags",
+    "id", "subject", "answer", "prompt", "prompts", "question", "paraphrases",
+    "relation", "group", "aliases", "foils", "tags",
 )  # fmt: skip
 PROMPT_FIELDS = tuple(f.name for f in dataclasses.fields(Prompt) if f.name != "fact_id")
 # Names that older files of ours use.
@@ -71,7 +72,7 @@ def read_facts(source: str | Path, *, skip_bad: bool = False, **testbed: Any) ->
 
 
 def is_world(source: str | Path) -> bool:
-    """Whether the facts are those of an embedded world, made on the spot: "testbed", "testbed:dense", "testbed:FOLDER"."""
+    """Whether the facts are those of an embedded world: "testbed", "testbed:dense", "testbed:FOLDER"."""
     return str(source).split(":")[0] == "testbed"
 
 
@@ -80,7 +81,9 @@ def require(facts: Facts, source: str | Path, *groups: str) -> Facts:
     for group in groups:
         if not len(facts.group(group)):
             have = ", ".join(f"{n} {g}" for g, n in facts.counts.items()) or "nothing"
-            raise FactsError(f'{source}: no {group} fact, only {have}; mark at least one record with "group": "{group}"')
+            raise FactsError(
+                f'{source}: no {group} fact, only {have}; mark at least one record with "group": "{group}"'
+            )
     return facts
 
 
@@ -125,7 +128,9 @@ def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
             made = from_record(record, str(n))
             for fact in made:
                 if fact.id in first_seen:
-                    raise ValueError(f"the id {fact.id!r} was given before, in line {first_seen[fact.id]}; ids must be unique")
+                    raise ValueError(
+                        f"the id {fact.id!r} was given before, in line {first_seen[fact.id]}; ids must be unique"
+                    )
             first_seen |= {f.id: line for f in made}
             found += made
         except (ValueError, TypeError, AttributeError, KeyError) as error:

@@ -44,7 +44,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
-        raise ExciseError(f"{target}: could not write it ({error.strerror or error}); free some space or choose another folder") from error
+        raise ExciseError(
+            f"{target}: could not write it ({error.strerror or error}); free some space or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -88,13 +90,17 @@ def inspect(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise DamagedFile(f"{path}: not a whole safetensors file ({error}); make it again or copy it again") from error
     if "excise" not in metadata:
-        raise DamagedFile(f"{path}: a safetensors file, but not one of excise's; expected an edit, a localization or statistics")
+        raise DamagedFile(
+            f"{path}: a safetensors file, but not one of excise's; expected an edit, a localization or statistics"
+        )
     try:
         header = json.loads(metadata["excise"])
     except json.JSONDecodeError as error:
         raise DamagedFile(f"{path}: its header is not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise DamagedFile(f"{path}: format {header.get('format') if isinstance(header, dict) else '?'}; this version reads format {FORMAT}")
+        raise DamagedFile(
+            f"{path}: format {header.get('format') if isinstance(header, dict) else '?'}; this version reads format {FORMAT}"
+        )
     return header
 
 
@@ -173,9 +179,23 @@ def save_localization(localization: Localization, path: str | Path) -> Path:
         tensors["directions"] = torch.from_numpy(np.ascontiguousarray(localization.directions))
     maps = []
     for i, m in enumerate(localization.maps):
-        maps.append({"fact": m.fact_id, "tokens": m.tokens, "subject": m.subject, "low": m.low, "high": m.high, "components": list(m.values)})
+        maps.append(
+            {
+                "fact": m.fact_id,
+                "tokens": m.tokens,
+                "subject": m.subject,
+                "low": m.low,
+                "high": m.high,
+                "components": list(m.values),
+            }
+        )
         tensors |= {f"map.{i}.{name}": torch.from_numpy(np.ascontiguousarray(v)) for name, v in m.values.items()}
-    header = {"sites": [str(s) for s in localization.sites], "facts": localization.fact_ids, "recipe": localization.recipe, "maps": maps}
+    header = {
+        "sites": [str(s) for s in localization.sites],
+        "facts": localization.fact_ids,
+        "recipe": localization.recipe,
+        "maps": maps,
+    }
     return write_container(path, "localization", header, tensors)
 
 
@@ -186,12 +206,21 @@ def load_localization(path: str | Path) -> Localization:
     header, tensors = read_container(path, "localization")
     maps = tuple(
         TraceMap(
-            m["fact"], tuple(m["tokens"]), (m["subject"][0], m["subject"][1]),
-            {c: tensors[f"map.{i}.{c}"].numpy() for c in m["components"]}, m["low"], m["high"],
+            m["fact"],
+            tuple(m["tokens"]),
+            (m["subject"][0], m["subject"][1]),
+            {c: tensors[f"map.{i}.{c}"].numpy() for c in m["components"]},
+            m["low"],
+            m["high"],
         )
         for i, m in enumerate(header["maps"])
     )
     directions = tensors["directions"].numpy() if "directions" in tensors else None
     return Localization(
-        tuple(Site.parse(s) for s in header["sites"]), tensors["scores"].numpy(), tuple(header["facts"]), header["recipe"], directions, maps
+        tuple(Site.parse(s) for s in header["sites"]),
+        tensors["scores"].numpy(),
+        tuple(header["facts"]),
+        header["recipe"],
+        directions,
+        maps,
     )

@@ -1,4 +1,4 @@
-"""Check that `localize`, `edit`, `sae` and `evals` are ours: the names are general, and other distributions use them."""
+"""Check that `localize`, `edit`, `sae` and `evals` are ours: the names are general, others use them too."""
 
 from __future__ import annotations
 

@@ -35,13 +35,17 @@ def write_matrices(model: Model, layer: int) -> list[str]:
     """
     names = set(model.names.weights(layer))
     if _normed_after(model, layer):
-        raise ExciseError(f"{model.name}: the MLP output of block {layer} passes a norm before it joins the residual stream; this method needs to write to it directly")
+        raise ExciseError(
+            f"{model.name}: the MLP output of block {layer} passes a norm before it joins the residual stream; this method needs to write to it directly"
+        )
     dense = f"blocks.{layer}.mlp.W_out"
     if dense in names:
         return [dense]
     found = [n for n in (f"blocks.{layer}.mlp.experts.{e}.W_out" for e in range(model.names.n_experts)) if n in names]
     if not found:
-        raise ExciseError(f"{model.name}: block {layer} has no MLP output matrix that excise knows; see `excise doctor`")
+        raise ExciseError(
+            f"{model.name}: block {layer} has no MLP output matrix that excise knows; see `excise doctor`"
+        )
     return found
 
 
@@ -87,8 +91,14 @@ def _by_expert(layer: int, consumer: Consumer) -> Callable[[Tensor, Tensor, Tens
     return look
 
 
-def read_keys(model: Model, prompts: Sequence[Prompt], layers: Sequence[int], *, rule: str = "subject_last",
-              points: Sequence[str] = ()) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+def read_keys(
+    model: Model,
+    prompts: Sequence[Prompt],
+    layers: Sequence[int],
+    *,
+    rule: str = "subject_last",
+    points: Sequence[str] = (),
+) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
     """Keys and activations at one token of each prompt, in one early-stopped pass.
 
     Returns, per layer, the keys of each write matrix [n_prompts, d_in] (zero where not routed; matrices that no prompt
@@ -108,7 +118,9 @@ def read_keys(model: Model, prompts: Sequence[Prompt], layers: Sequence[int], *,
                 store = keys[layer].setdefault(name, torch.zeros(len(prompts), rows.shape[-1]))
                 store[[index[i] for i in at.tolist()]] = rows[hit].float().cpu()
 
-        def look(point: str, index: list[int] = index, flat: Tensor = flat, seen: set[str] = seen) -> Callable[[Tensor], None]:
+        def look(
+            point: str, index: list[int] = index, flat: Tensor = flat, seen: set[str] = seen
+        ) -> Callable[[Tensor], None]:
             def inner(x: Tensor) -> None:
                 if not states[point].numel():
                     states[point] = torch.zeros(len(prompts), x.shape[-1])

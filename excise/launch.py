@@ -21,7 +21,12 @@ def processes(command: Sequence[str], count: int) -> int:
     """Run `command --shard i/count` in `count` processes and wait; an interrupt is handed on and waited for."""
     gpus = _gpus()
     running = [
-        subprocess.Popen(_line(command, i, count), env=_environment(i, count, gpus), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        subprocess.Popen(
+            _line(command, i, count),
+            env=_environment(i, count, gpus),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         for i in range(count)
     ]
     try:
@@ -55,7 +60,15 @@ def ray_tasks(command: Sequence[str], count: int) -> int:
 
 
 def _line(command: Sequence[str], shard: int, shards: int) -> list[str]:
-    return [sys.executable, "-m", "excise.cli", *command, "--shard", f"{shard}/{shards}", *([] if shard == 0 else ["--quiet"])]
+    return [
+        sys.executable,
+        "-m",
+        "excise.cli",
+        *command,
+        "--shard",
+        f"{shard}/{shards}",
+        *([] if shard == 0 else ["--quiet"]),
+    ]
 
 
 def _environment(shard: int, shards: int, gpus: Sequence[str]) -> dict[str, str]:

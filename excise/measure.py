@@ -1,4 +1,4 @@
-"""Measuring arms with every finished item kept: a results.jsonl that grows line by line and is read again on the next run."""
+"""Measuring arms with every finished item kept: a results.jsonl that grows line by line and is read by the next run."""
 
 from __future__ import annotations
 
@@ -38,20 +38,27 @@ def facts_digest(facts: Facts) -> str:
 
 
 def measure(
-    arms: Sequence[Arm], evaluations: Sequence[Method], facts: Facts, *, shared: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]] | None = None,
+    arms: Sequence[Arm],
+    evaluations: Sequence[Method],
+    facts: Facts,
+    *,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]] | None = None,
     kept: Path | None = None,
-) -> Results:  # fmt: skip
+) -> Results:
     """Every evaluation on every arm; the first arm is "before".
 
     shared: option values, handed to each evaluation that has an option of that name.
     own: further options by evaluation.
-    kept: a results.jsonl; what stands there under the same key is not measured again, what is measured is added at once.
+    kept: a results.jsonl; what stands there under the same key is not measured again, the rest is added item by item.
     """
     store = Store(kept)
     about, states = facts_digest(facts), {a.name: _state(a) for a in arms}
     scores: dict[tuple[str, str], tuple[Score, ...]] = {}
     for method, arm in bar([(m, a) for m in evaluations for a in arms], what="measuring"):
-        options = {o.name: shared[o.name] for o in method.options if o.name in shared} | dict((own or {}).get(method.name, {}))
+        options = {o.name: shared[o.name] for o in method.options if o.name in shared} | dict(
+            (own or {}).get(method.name, {})
+        )
         key = digest(method.name, options, about, arm.name, states[arm.name], states[arms[0].name])
         found = store.get(key)
         if found is None:
@@ -113,7 +120,13 @@ class Store:
 
     def add(self, key: str, arm: Arm, method: Method, scores: Sequence[Score]) -> None:
         """Append one item."""
-        record = {"key": key, "arm": arm.name, "evaluation": method.name, "mode": arm.mode, "scores": [_compact(s) for s in scores]}
+        record = {
+            "key": key,
+            "arm": arm.name,
+            "evaluation": method.name,
+            "mode": arm.mode,
+            "scores": [_compact(s) for s in scores],
+        }
         self.lines[key] = json.dumps(record, ensure_ascii=False)
         self.used.append(key)
         if self.path is not None:
@@ -123,7 +136,9 @@ class Store:
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
-                raise ExciseError(f"{self.path}: could not write it ({error.strerror}); free some space and run the same command again") from error
+                raise ExciseError(
+                    f"{self.path}: could not write it ({error.strerror}); free some space, run the same command again"
+                ) from error
 
     def close(self, results: Results) -> None:
         """Leave the items of this run and the table made of them."""

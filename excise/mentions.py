@@ -24,7 +24,9 @@ class Mention:
         """The same wording around another name; raises ValueError when the wording hides its own name."""
         assert self.prompt.span is not None
         start, end = self.prompt.span
-        return replace(self.prompt, text=self.prompt.text[:start] + name + self.prompt.text[end:], subject=name, fact_id="")
+        return replace(
+            self.prompt, text=self.prompt.text[:start] + name + self.prompt.text[end:], subject=name, fact_id=""
+        )
 
     @property
     def words(self) -> set[str]:
@@ -45,7 +47,9 @@ def mentions(facts: Sequence[Fact], *, limit: int) -> list[Mention]:
                 continue
             kind = "reversed" if prompt.form == "reversed" else "direct"
             before = (prompt.text[: prompt.span[0]], prompt.chat)
-            cut = replace(prompt, text=prompt.text[: prompt.span[1]], choices=(), fact_id="", answer="", form="", held_out=False)
+            cut = replace(
+                prompt, text=prompt.text[: prompt.span[1]], choices=(), fact_id="", answer="", form="", held_out=False
+            )
             found.setdefault((prompt.subject, kind), {}).setdefault(before, Mention(prompt.subject, kind, cut))
     return [m for wordings in found.values() for m in list(wordings.values())[:limit]]
 

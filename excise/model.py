@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from excise.encoding import Batch, as_prompt, collate, encode_row, length_groups, render
+from excise.encoding import Batch, Row, as_prompt, collate, encode_row, length_groups, render
 from excise.facts import Prompt
 
 if TYPE_CHECKING:
@@ -82,20 +82,31 @@ class Model:
     def encode(self, prompts: Sequence[Prompt | str], *, answers: bool = False) -> Batch:
         """Right-padded token rows on the model's device; with `answers`, each row ends in its answer."""
         wanted = [as_prompt(p) for p in prompts]
-        rows = [encode_row(self.tokenizer, p, answer=answers) for p in wanted]
-        limit = getattr(self.hf.config, "max_position_embeddings", None)
-        for prompt, row in zip(wanted, rows, strict=True):
-            if limit and len(row.ids) > limit:
-                raise ValueError(f"fact {prompt.fact_id or '?'}: {len(row.ids)} tokens do not fit the model's context of {limit}; shorten the prompt")
-        pad = self.tokenizer.pad_token_id
-        return collate(wanted, rows, 0 if pad is None else pad).to(self.device)
+        return self._collated(wanted, self._rows(wanted, answers))
 
-    def batches(self, prompts: Sequence[Prompt | str], *, answers: bool = False, tokens: int | None = None) -> Iterator[tuple[list[int], Batch]]:
+    def batches(
+        self, prompts: Sequence[Prompt | str], *, answers: bool = False, tokens: int | None = None
+    ) -> Iterator[tuple[list[int], Batch]]:
         """Batches of similar length, each with the indices of its prompts."""
         wanted = [as_prompt(p) for p in prompts]
-        lengths = [len(encode_row(self.tokenizer, p, answer=answers).ids) for p in wanted]
-        for index in length_groups(lengths, tokens=tokens or self.batch_tokens):
-            yield index, self.encode([wanted[i] for i in index], answers=answers)
+        rows = self._rows(wanted, answers)
+        for index in length_groups([len(r.ids) for r in rows], tokens=tokens or self.batch_tokens):
+            yield index, self._collated([wanted[i] for i in index], [rows[i] for i in index])
+
+    def _rows(self, prompts: Sequence[Prompt], answers: bool) -> list[Row]:
+        rows = [encode_row(self.tokenizer, p, answer=answers) for p in prompts]
+        limit = getattr(self.hf.config, "max_position_embeddings", None)
+        for prompt, row in zip(prompts, rows, strict=True):
+            if limit and len(row.ids) > limit:
+                raise ValueError(
+                    f"fact {prompt.fact_id or '?'}: {len(row.ids)} tokens do not fit the model's context of {limit}; "
+                    "shorten the prompt"
+                )
+        return rows
+
+    def _collated(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Batch:
+        pad = self.tokenizer.pad_token_id
+        return collate(prompts, rows, 0 if pad is None else pad).to(self.device)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits [batch, width, vocab] in float32, no gradient, no cache."""
@@ -175,8 +186,16 @@ def _left_padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def load(model: Any, tokenizer: Any = None, *, dtype: str | torch.dtype | None = None, device: str | None = None,
-         revision: str | None = None, trust_remote_code: bool = False, offline: bool = False) -> Model:
+def load(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+) -> Model:
     """A `Model` from "testbed:dense" (or -oracle, moe, moe-oracle), a folder, a hub id, or a (model, tokenizer) pair.
 
     dtype: None keeps the checkpoint's own (the embedded models are computed in float32).
@@ -191,7 +210,9 @@ def load(model: Any, tokenizer: Any = None, *, dtype: str | torch.dtype | None =
             raise ValueError("load(model) needs its tokenizer: load(model, tokenizer)")
         return Model(model, tokenizer)
     if trust_remote_code and not revision:
-        raise ValueError("trust_remote_code runs code from the checkpoint: name the revision you have read, revision='<commit>'")
+        raise ValueError(
+            "trust_remote_code runs code from the checkpoint: name the revision you have read, revision='<commit>'"
+        )
     name, folder = str(model), str(model)
     if name.startswith("testbed:"):
         from excise.testbed import model_folder
@@ -200,7 +221,9 @@ def load(model: Any, tokenizer: Any = None, *, dtype: str | torch.dtype | None =
     return _from_pretrained(name, folder, dtype, device, revision, trust_remote_code, offline)
 
 
-def _from_pretrained(name: str, folder: str, dtype: Any, device: str | None, revision: str | None, remote_code: bool, offline: bool) -> Model:
+def _from_pretrained(
+    name: str, folder: str, dtype: Any, device: str | None, revision: str | None, remote_code: bool, offline: bool
+) -> Model:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(dtype, str) and dtype not in {*DTYPES, "auto"}:
@@ -210,10 +233,14 @@ def _from_pretrained(name: str, folder: str, dtype: Any, device: str | None, rev
     placing = {"device_map": "auto"} if device == "auto" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES.get(dtype, dtype) or "auto", use_safetensors=True, **placing, **shared)
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES.get(dtype, dtype) or "auto", use_safetensors=True, **placing, **shared
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(f"no model at {name!r}: give testbed:dense, testbed:moe, a folder with config.json, or a hub id ({reason})") from error
+        raise FileNotFoundError(
+            f"no model at {name!r}: give testbed:dense, testbed:moe, a folder with config.json, or a hub id ({reason})"
+        ) from error
     loaded = Model(hf if device in (None, "auto") else hf.to(device), tokenizer, name)
     _refuse_nan(loaded)
     return loaded

@@ -21,7 +21,7 @@ class Cell(NamedTuple):
     """A table cell with the value that it is sorted by."""
 
     html: Raw
-    sort: float | str
+    sort: float
 
 
 def plain(text: object) -> str:
@@ -39,9 +39,9 @@ def number(value: float | None) -> str:
     """A number as a table shows it; an en dash for what was not measured."""
     if value is None or math.isnan(value):
         return "–"  # noqa: RUF001
-    if value == 0 or 0.005 <= abs(value) < 10:
+    if value == 0 or 0.1 <= abs(value) < 100:
         return f"{value:.2f}"
-    return f"{value:.3g}"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 0.1 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.4g}"
 
 
 def tag(name: str, *content: object, **attributes: object) -> Raw:
@@ -52,21 +52,31 @@ def tag(name: str, *content: object, **attributes: object) -> Raw:
 
 def table(columns: Sequence[object], rows: Sequence[Sequence[object]], *, caption: str = "", sortable: bool = False) -> Raw:
     """A table in a box that scrolls by itself; numbers are aligned right, the first column heads its row."""
-    head = tag("tr", *(tag("th", tag("button", c, type="button") if sortable else c, scope="col") for c in columns))
+    numeric = [bool(rows) and all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))]
+    head = tag("tr", *(
+        tag("th", tag("button", c, type="button") if sortable else c, scope="col", class_="number" if right else None)
+        for c, right in zip(columns, numeric, strict=True)
+    ))  # fmt: skip
     body = Raw("\n".join(tag("tr", *(_cell(value, i == 0) for i, value in enumerate(row))) for row in rows))
     title = tag("caption", caption) if caption else Raw("")
     whole = tag("table", title, tag("thead", head), Raw("\n"), tag("tbody", body), class_="sortable" if sortable else None)
     return tag("div", whole, class_="scroll", tabindex="0")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, Cell)) and not isinstance(value, bool)
+
+
 def _cell(value: object, first: bool) -> Raw:
-    shown, sort = (value.html, value.sort) if isinstance(value, Cell) else (value, None)
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if numeric:
-        shown, sort = (str(value), value) if isinstance(value, int) else (number(float(value)), value)  # type: ignore[arg-type]
+    shown: object = value
+    sort: object = None
+    if isinstance(value, Cell):
+        shown, sort = value
+    elif isinstance(value, float):
+        shown, sort = number(value), value
     elif value is None:
         shown = "–"  # noqa: RUF001
-    kind = "number" if numeric or (isinstance(value, Cell) and isinstance(value.sort, float)) else None
+    kind = "number" if _is_number(value) else "words" if isinstance(value, str) and len(value) > 40 else None
     if first:
         return tag("th", shown, scope="row", data_value=sort)
     return tag("td", shown, class_=kind, data_value=sort)

@@ -19,7 +19,7 @@ from excise.sites import POSITION_CLASSES, position_class
 from excise.statistics import aggregate
 
 __all__ = [
-    "bar_figure", "figure_png", "figure_svg", "map_figures", "mean_map", "plot_before_after", "plot_layers", "plot_localization",
+    "arm_style", "bar_figure", "figure_png", "figure_svg", "layer_measures", "map_figures", "mean_map", "plot_before_after", "plot_layers", "plot_localization",
     "plot_ranking", "plot_results", "result_panels", "save_figure",
 ]  # fmt: skip
 
@@ -38,7 +38,7 @@ def plot_localization(localization: Localization, fact: str | int | None = None)
         return plot_ranking(localization if fact is None else localization.facts([_fact_id(localization, fact)]))
     panels = _panels(localization, fact)
     rows = len(next(iter(panels.values()))[1])
-    figure = picture(4.2 * len(panels), 1.2 + 0.27 * rows)
+    figure = picture(4.0 * len(panels), 1.2 + 0.27 * rows)
     for axes, (component, (grid, labels, marked, span)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _draw_map(figure, axes, component, grid, labels, marked, span)
     return figure
@@ -49,7 +49,7 @@ def map_figures(localization: Localization, fact: str | int | None = None) -> li
     """The same maps, one figure per component: what a narrow page can stack."""
     figures = []
     for component, (grid, labels, marked, span) in (_panels(localization, fact) if localization.maps else {}).items():
-        figure = picture(4.2, 1.2 + 0.27 * len(labels))
+        figure = picture(3.7, 1.2 + 0.27 * len(labels))
         _draw_map(figure, figure.subplots(), component, grid, labels, marked, span)
         figures.append(figure)
     return figures
@@ -118,7 +118,7 @@ def _draw_map(figure: Figure, axes: Any, component: str, grid: np.ndarray, label
     """Tokens down, layers across; the subject's tokens carry a star and a bar."""
     name, colours = COMPONENTS.get(component, (component, "Blues"))
     top = float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0
-    mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="none")
+    mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="none", antialiased=False)
     axes.invert_yaxis()
     axes.set_facecolor("#d9d9d9")  # NaN: no fact has such a token
     axes.set_yticks(np.arange(len(labels)) + 0.5, [f"{t} *" if m else t for t, m in zip(labels, marked, strict=True)], fontsize=9, parse_math=False)
@@ -126,7 +126,8 @@ def _draw_map(figure: Figure, axes: Any, component: str, grid: np.ndarray, label
     axes.set_xticks(np.arange(0, grid.shape[0], step) + 0.5, [str(i) for i in range(0, grid.shape[0], step)], fontsize=9)
     rows = np.flatnonzero(marked)
     if len(rows):
-        axes.plot([0.06, 0.06], [rows[0] + 0.08, rows[-1] + 0.92], color=INK, linewidth=3, solid_capstyle="butt")
+        axes.plot([0, 0], [rows[0] + 0.05, rows[-1] + 0.95], color=INK, linewidth=5, solid_capstyle="butt", clip_on=False)
+        axes.set_xlim(0, grid.shape[0])
     axes.set_xlabel("layer")
     axes.set_title(f"{name} restored: {title}", parse_math=False)
     figure.colorbar(mesh, ax=axes, label="indirect effect", shrink=0.9)
@@ -156,7 +157,7 @@ def plot_results(results: Results) -> Figure:
 @drawn
 def bar_figure(results: Results, title: str, rows: Sequence[Row]) -> Figure:
     """One panel of `plot_results` as a figure of its own."""
-    figure = picture(4.2, 2.9)
+    figure = picture(3.7, 2.8)
     axes = figure.subplots()
     _draw_bars(axes, title, rows, results.arms)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
@@ -172,6 +173,17 @@ def result_panels(results: Results) -> dict[str, list[Row]]:
     return panels
 
 
+def layer_measures(results: Results, *, group: str = "forget") -> list[tuple[str, str]]:
+    """Pairs (evaluation, measure) that were measured layer by layer, in order."""
+    found = {}
+    for (_, evaluation), scores in results.scores.items():
+        for s in scores:
+            match = LAYER.match(s.variant) if s.group == group and s.value is not None else None
+            if match:
+                found[evaluation, match["measure"] or ""] = None
+    return list(found)
+
+
 @drawn
 def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: str = "forget") -> Figure:
     """A measure layer by layer, one line and 95 % band per arm.
@@ -184,7 +196,7 @@ def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: 
     if not layered or (measure and measure not in names):
         raise ValueError(f"{evaluation} has no measure {measure!r} by layer on {group} facts; there are {', '.join(names) or 'none'}")
     measure = measure or names[0]
-    figure = picture(4.2, 2.9)
+    figure = picture(3.7, 2.8)
     axes = figure.subplots()
     for arm, style in arm_style(results.arms).items():
         rows = sorted(((layer, r) for name, layer, r in layered if name == measure and r.arm == arm), key=lambda x: x[0])
@@ -198,7 +210,7 @@ def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: 
     if all(0 <= r.value <= 1 for name, _, r in layered if name == measure):
         axes.set_ylim(-0.03, 1.03)
     _quiet(axes)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handletextpad=0.4)
     return figure
 
 
@@ -221,7 +233,7 @@ def plot_before_after(results: Results, evaluation: str = "recall", *, group: st
     axes.set_xlim(-0.03, 1.03)
     axes.set_title(short(f"{evaluation} on {group} facts"), parse_math=False)
     _quiet(axes, "x")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handletextpad=0.4)
     return figure
 
 
@@ -241,3 +253,8 @@ def _draw_bars(axes: Any, title: str, rows: Sequence[Row], arms: Sequence[str]) 
     if all(0 <= r.low and r.high <= 1 for r in rows):
         axes.set_ylim(0, 1.05)
     _quiet(axes)
+
+
+def _quiet(axes: Any, axis: str = "y") -> None:
+    axes.grid(axis=axis, color="#999999", alpha=0.35, linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -66,7 +66,9 @@ def _register(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function)
     leading = tuple(p.name for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY)
     if leading != LEADING[kind]:
-        raise TypeError(f"{kind} {function.__name__} takes ({', '.join(leading)}); it must take ({', '.join(LEADING[kind])})")
+        raise TypeError(
+            f"{kind} {function.__name__} takes ({', '.join(leading)}); it must take ({', '.join(LEADING[kind])})"
+        )
     name = function.__name__
 
     @functools.wraps(function)
@@ -79,7 +81,9 @@ def _register(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
         options = {o.name: _plain(bound.arguments[o.name]) for o in method.options}
         return replace(result, recipe={"method": name, **options, **result.recipe})
 
-    method = Method(kind, name, recorded, tuple(_options(function, signature)), (inspect.getdoc(function) or "").split("\n")[0])
+    method = Method(
+        kind, name, recorded, tuple(_options(function, signature)), (inspect.getdoc(function) or "").split("\n")[0]
+    )
     _METHODS[kind, name] = method
     return recorded
 
@@ -92,7 +96,11 @@ def _options(function: Callable[..., Any], signature: inspect.Signature) -> list
             continue
         line = re.search(rf"^\s*{parameter.name}: (.+(?:\n\s{{4,}}.+)*)", doc, re.MULTILINE)
         text = re.sub(r"\s+", " ", line[1]).strip() if line else ""
-        annotation = parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "str")
+        annotation = (
+            parameter.annotation
+            if isinstance(parameter.annotation, str)
+            else getattr(parameter.annotation, "__name__", "str")
+        )
         found.append(Option(parameter.name, parameter.default, annotation, text))
     return found
 

@@ -82,12 +82,16 @@ class Localization:
         """The sites for which `predicate` holds, in order."""
         return self._take(np.array([i for i, s in enumerate(self.sites) if predicate(s)], dtype=int))
 
-    def at(self, *, layer: int | None = None, position: str | int | None = None, component: str | None = None) -> Localization:
+    def at(
+        self, *, layer: int | None = None, position: str | int | None = None, component: str | None = None
+    ) -> Localization:
         """The sites of one layer, position rule or component (part of the point's name)."""
         return self.where(
-            lambda s: (layer is None or s.layer == layer)
-            and (position is None or s.position == position)
-            and (component is None or component in s.point)
+            lambda s: (
+                (layer is None or s.layer == layer)
+                and (position is None or s.position == position)
+                and (component is None or component in s.point)
+            )
         )
 
     def mean(self) -> Localization:
@@ -97,7 +101,9 @@ class Localization:
     def facts(self, ids: Sequence[str]) -> Localization:
         """The rows of the given facts."""
         rows = [self.fact_ids.index(i) for i in ids]
-        return replace(self, scores=self.scores[rows], fact_ids=tuple(ids), maps=tuple(m for m in self.maps if m.fact_id in ids))
+        return replace(
+            self, scores=self.scores[rows], fact_ids=tuple(ids), maps=tuple(m for m in self.maps if m.fact_id in ids)
+        )
 
     def layers(self) -> list[int]:
         """Layers of the sites, ascending, without repeats."""
@@ -105,7 +111,9 @@ class Localization:
 
     def _take(self, index: np.ndarray) -> Localization:
         directions = None if self.directions is None else self.directions[index]
-        return replace(self, sites=tuple(self.sites[i] for i in index), scores=self.scores[:, index], directions=directions)
+        return replace(
+            self, sites=tuple(self.sites[i] for i in index), scores=self.scores[:, index], directions=directions
+        )
 
     def to_frame(self) -> Any:
         """A long pandas data frame: fact, site, point, layer, position, unit, score."""
@@ -217,9 +225,15 @@ class Results:
 
     def value(self, arm: str, evaluation: str, **keys: Any) -> Row:
         """The one row that matches; raises KeyError naming the rows that exist when none or several do."""
-        found = [r for r in self.table() if r.arm == arm and r.evaluation == evaluation and all(getattr(r, k) == v for k, v in keys.items())]
+        found = [
+            r
+            for r in self.table()
+            if r.arm == arm and r.evaluation == evaluation and all(getattr(r, k) == v for k, v in keys.items())
+        ]
         if len(found) != 1:
-            raise KeyError(f"{len(found)} rows match arm={arm!r} evaluation={evaluation!r} {keys}; rows: {[(r.group, r.form, r.held_out, r.variant) for r in found]}")
+            raise KeyError(
+                f"{len(found)} rows match arm={arm!r} evaluation={evaluation!r} {keys}; rows: {[(r.group, r.form, r.held_out, r.variant) for r in found]}"
+            )
         return found[0]
 
     def __add__(self, other: Results) -> Results:

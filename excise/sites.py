@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 
 POSITION_RULES = (
-    "all", "after_bos", "prefix", "subject", "subject_first", "subject_middle", "subject_last", "after_subject", "further", "last",
+    "all",
+    "after_bos",
+    "prefix",
+    "subject",
+    "subject_first",
+    "subject_middle",
+    "subject_last",
+    "after_subject",
+    "further",
+    "last",
 )
 # The classes that causal tracing averages over (ROME, arXiv 2202.05262, figure 2), in reading order.
 POSITION_CLASSES = ("prefix", "subject_first", "subject_middle", "subject_last", "after_subject", "further", "last")
@@ -40,14 +49,18 @@ class Site:
 
     def __post_init__(self) -> None:
         if isinstance(self.position, str) and self.position not in POSITION_RULES:
-            raise ValueError(f"site {self.point}: no position rule {self.position!r}; rules: {', '.join(POSITION_RULES)}")
+            raise ValueError(
+                f"site {self.point}: no position rule {self.position!r}; rules: {', '.join(POSITION_RULES)}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Site:
         """The site that `text` names; raises ValueError when it is not of the form point[@position][#unit]."""
         match = _FORM.match(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is not a site; write point[@position][#unit], e.g. blocks.3.mlp.hook_post@subject_last#7")
+            raise ValueError(
+                f"{text!r} is not a site; write point[@position][#unit], e.g. blocks.3.mlp.hook_post@subject_last#7"
+            )
         position: str | int | None = match["position"]
         if position is not None and position.isdigit():
             position = int(position)
@@ -81,8 +94,13 @@ class Site:
         return replace(self, position=position)
 
 
-def position_mask(rule: str | int | None, lengths: Sequence[int], subjects: Sequence[tuple[int, int] | None],
-                  width: int, has_bos: Sequence[bool]) -> torch.Tensor:
+def position_mask(
+    rule: str | int | None,
+    lengths: Sequence[int],
+    subjects: Sequence[tuple[int, int] | None],
+    width: int,
+    has_bos: Sequence[bool],
+) -> torch.Tensor:
     """Boolean mask [batch, width] of the tokens that `rule` picks in right-padded rows.
 
     lengths: real tokens of each row; subjects: token span [start, end) of each row's subject, or None.

@@ -42,7 +42,9 @@ class Covariance:
         c = self.second_moment.double()
         level = c.diagonal().mean()
         if not level > 0:
-            raise ValueError("the second moment is zero: the matrix's input was never active; collect statistics on other text")
+            raise ValueError(
+                "the second moment is zero: the matrix's input was never active; collect statistics on other text"
+            )
         m = c + self.ridge * level * torch.eye(len(c), dtype=c.dtype)
         return torch.cholesky_solve(keys.double().mT, torch.linalg.cholesky(m)).mT
 
@@ -101,8 +103,17 @@ class Solution:
         return self.right.shape[0]
 
 
-def solve_edit(keys: Mapping[str, Tensor], residuals: Tensor, metrics: Mapping[str, Metric], *, protect: Mapping[str, Tensor] | None = None,
-               mode: str = "ridge", ridge: float = 1e-2, rank: int | None = None, max_condition: float = 1e10) -> Solution:
+def solve_edit(
+    keys: Mapping[str, Tensor],
+    residuals: Tensor,
+    metrics: Mapping[str, Metric],
+    *,
+    protect: Mapping[str, Tensor] | None = None,
+    mode: str = "ridge",
+    ridge: float = 1e-2,
+    rank: int | None = None,
+    max_condition: float = 1e10,
+) -> Solution:
     """The cheapest change that writes `residuals` for `keys` and nothing for the protected keys.
 
     keys: per block [n, d_in_b]; residuals: [n, d_out]; metrics: per block; protect: per block [n0, d_in_b].
@@ -115,7 +126,9 @@ def solve_edit(keys: Mapping[str, Tensor], residuals: Tensor, metrics: Mapping[s
     """
     n = len(residuals)
     stacked = {b: torch.cat([k, protect[b]]).double() if protect is not None else k.double() for b, k in keys.items()}
-    wanted = torch.cat([residuals.double(), residuals.new_zeros(len(next(iter(stacked.values()))) - n, residuals.shape[1]).double()])
+    wanted = torch.cat(
+        [residuals.double(), residuals.new_zeros(len(next(iter(stacked.values()))) - n, residuals.shape[1]).double()]
+    )
     _refuse_nan(stacked, wanted)
     whitened = {b: metrics[b].solve(k) for b, k in stacked.items()}
     gram = torch.stack([k @ whitened[b].mT for b, k in stacked.items()]).sum(0)

@@ -36,7 +36,9 @@ class Moments:
     active: int
 
 
-def moments(model: Model, layers: Sequence[int], texts: Sequence[Prompt | str], *, budget: int = 20_000, cache: bool = True) -> dict[str, Moments]:
+def moments(
+    model: Model, layers: Sequence[int], texts: Sequence[Prompt | str], *, budget: int = 20_000, cache: bool = True
+) -> dict[str, Moments]:
     """Moments of the keys of every write matrix in `layers` over `texts`, BOS and padding left out.
 
     budget: tokens to read at most; the texts are taken in order. Float32 products, float64 sums. Kept under
@@ -96,7 +98,16 @@ def _within(model: Model, texts: Sequence[Prompt | str], budget: int) -> list[Pr
 
 
 def _cache_path(model: Model, layers: Sequence[int], texts: Sequence[Prompt | str], budget: int) -> Path:
-    key = json.dumps([model.fingerprint, model.tokenizer_fingerprint, str(model.dtype), sorted(layers), budget, [str(t) for t in texts]])
+    key = json.dumps(
+        [
+            model.fingerprint,
+            model.tokenizer_fingerprint,
+            str(model.dtype),
+            sorted(layers),
+            budget,
+            [str(t) for t in texts],
+        ]
+    )
     folder = Path(os.environ.get("EXCISE_CACHE", Path.home() / ".cache" / "excise"))
     return folder / f"moments-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 

@@ -45,8 +45,14 @@ class Trace:
         return self.values[site if isinstance(site, Site) else Site.parse(site)]
 
 
-def read(model: Model, prompts: Sequence[Prompt | str], sites: Sequence[Site | str], *, dtype: torch.dtype = torch.float32,
-         answers: bool = False) -> Trace:
+def read(
+    model: Model,
+    prompts: Sequence[Prompt | str],
+    sites: Sequence[Site | str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    answers: bool = False,
+) -> Trace:
     """Activations at `sites` over `prompts`, selected by position rule while reading, on the CPU in `dtype`.
 
     With a rule that picks one token (`subject_last`, `last`) row i belongs to prompt i.

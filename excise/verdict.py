@@ -100,7 +100,7 @@ def _collateral(results: Results, who: Mapping[str, str]) -> Finding:
         change = paired(results, "recall", who["edited"], who["before"], group)
         if change is not None:
             parts.append((f"recall of {name}", change, HARMLESS))
-    refused = paired(results, "refusal", who["edited"], who["before"], "retain")
+    refused = paired(results, "refusal", who["edited"], who["before"], "retain", "neighbour")
     if refused is not None:
         parts.append(("false refusals", Interval(-refused.value, -refused.high, -refused.low), HARMLESS))
     loss = next((r for r in _rows(results, "drift", "general") if r.arm == who["edited"] and r.variant == "relative change"), None)
@@ -199,12 +199,12 @@ def _overall(findings: Sequence[Finding]) -> State:
     return "good" if states[0] == states[1] == "good" and "unclear" not in states else "unclear"
 
 
-def paired(results: Results, evaluation: str, after: str, before: str, group: str) -> Interval | None:
-    """Mean change of a group from one arm to another over the same prompts, with its paired 95 % interval.
+def paired(results: Results, evaluation: str, after: str, before: str, *groups: str) -> Interval | None:
+    """Mean change of some groups from one arm to another over the same prompts, with its paired 95 % interval.
 
     Where no prompt changed, the interval is what that many unchanged prompts allow (Wilson). None without common prompts.
     """
-    sides = [_by_prompt(results.scores.get((arm, evaluation), ()), group) for arm in (after, before)]
+    sides = [_by_prompt(results.scores.get((arm, evaluation), ()), groups) for arm in (after, before)]
     common = [k for k in sides[0] if k in sides[1]]
     if not common:
         return None
@@ -216,21 +216,21 @@ def paired(results: Results, evaluation: str, after: str, before: str, group: st
     return change
 
 
-def _by_prompt(scores: Sequence[Score], group: str) -> dict[tuple[Any, ...], Score]:
+def _by_prompt(scores: Sequence[Score], groups: Sequence[str]) -> dict[tuple[Any, ...], Score]:
     """Scores by fact, form, split, variant and turn: several wordings of one form come in the same order in every arm."""
     turn: dict[tuple[Any, ...], int] = {}
     found = {}
     for s in scores:
         key = (s.fact, s.form, s.held_out, s.variant)
         turn[key] = turn.get(key, -1) + 1
-        if s.group == group and s.value is not None:
+        if s.group in groups and s.value is not None:
             found[*key, turn[key]] = s
     return found
 
 
 def _rows(results: Results, evaluation: str, group: str, by: Sequence[str] = ("group", "variant")) -> list[Row]:
-    only = Results({k: v for k, v in results.scores.items() if k[1] == evaluation}, results.modes)
-    return [r for r in aggregate(only, by=by) if r.group == group and r.n]
+    only = {k: tuple(s for s in v if s.group == group and "layer " not in s.variant) for k, v in results.scores.items() if k[1] == evaluation}
+    return [r for r in aggregate(Results(only, results.modes), by=by) if r.n]
 
 
 def _shown(row: Row) -> str:

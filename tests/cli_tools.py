@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_model
 
 from excise.actions import LowRank
 from excise.edits import Change, Edit
 from excise.model import load
 from excise.sites import Site
+from tiny import tiny_model
 
 SITE = "blocks.1.mlp.W_out"
 
@@ -57,4 +57,6 @@ def an_edit(folder: Path, path: Path, scale: float = 1.0) -> Path:
     d_in, d_out = model.weight(SITE).shape
     left, right = torch.randn(d_in, 1) * scale, torch.randn(1, d_out)
     prints = {"tokenizer": model.tokenizer_fingerprint, SITE: model.matrix_fingerprint(SITE)}
-    return Edit((Change(Site(SITE), LowRank(left, right)),), {"method": "by hand", "model": model.name}, prints).save(path)
+    return Edit((Change(Site(SITE), LowRank(left, right)),), {"method": "by hand", "model": model.name}, prints).save(
+        path
+    )

@@ -1,4 +1,4 @@
-"""One file per command: `arguments(parser, argv)` declares its flags, `run(args)` does the work and returns the exit code.
+"""One file per command: `arguments(parser, words)` declares its flags, `run(args)` works and returns the exit code.
 
 Nothing but the standard library and plain data modules may be imported at the top of these files: help must be instant.
 """

@@ -10,11 +10,17 @@ from excise.commands import common
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Flags of `excise ask`."""
-    parser.add_argument("prompt", nargs="+", help="what to ask; a question is sent as a chat turn where the model knows one")
+    parser.add_argument(
+        "prompt", nargs="+", help="what to ask; a question is sent as a chat turn where the model knows one"
+    )
     common.model_flags(parser)
     parser.add_argument("--edit", metavar="E", help="also answer under this edit.safetensors")
-    parser.add_argument("--plain", action="store_true", help="never use the chat template: let the model continue the text")
-    parser.add_argument("--max-new-tokens", type=common.positive, default=24, metavar="N", help="length of an answer (default 24)")
+    parser.add_argument(
+        "--plain", action="store_true", help="never use the chat template: let the model continue the text"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=common.positive, default=24, metavar="N", help="length of an answer (default 24)"
+    )
     parser.add_argument("--force", action="store_true", help="use an edit that was made for another model")
     common.output_flags(parser)
 

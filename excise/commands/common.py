@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,25 +28,43 @@ def output_flags(parser: argparse.ArgumentParser) -> None:
 def model_flags(parser: argparse.ArgumentParser, *, name: bool = True) -> None:
     """--model and how it is loaded."""
     if name:
-        parser.add_argument("--model", required=True, metavar="M", help="testbed:dense, testbed:moe, a folder, or a hub id")
+        parser.add_argument(
+            "--model", required=True, metavar="M", help="testbed:dense, testbed:moe, a folder, or a hub id"
+        )
     group = parser.add_argument_group("loading")
     group.add_argument("--device", help="cpu, cuda, or auto for a device map")
     group.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; the checkpoint's own by default")
-    group.add_argument("--batch-size", default="auto", type=batch_size, metavar="N", help="padded tokens in one forward pass, or auto (4096)")
+    group.add_argument(
+        "--batch-size",
+        default="auto",
+        type=batch_size,
+        metavar="N",
+        help="padded tokens in one forward pass, or auto (4096)",
+    )
     group.add_argument("--offline", action="store_true", help="never ask the network")
-    group.add_argument("--trust-remote-code", action="store_true", help="run the checkpoint's own code; needs --revision")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the checkpoint's own code; needs --revision"
+    )
     group.add_argument("--revision", help="commit of a hub model")
 
 
 def facts_flags(parser: argparse.ArgumentParser, *, name: bool = True) -> None:
     """--facts and how many of them."""
     if name:
-        parser.add_argument("--facts", required=True, metavar="F", help="JSON Lines file, or testbed:dense for that world's facts")
-    parser.add_argument("--retain", metavar="F", help="a second file whose facts are to be kept, for data sets without groups")
-    parser.add_argument("--people", type=positive, metavar="N", help="forget people, where the facts are a testbed's (default 8)")
+        parser.add_argument(
+            "--facts", required=True, metavar="F", help="JSON Lines file, or testbed:dense for that world's facts"
+        )
+    parser.add_argument(
+        "--retain", metavar="F", help="a second file whose facts are to be kept, for data sets without groups"
+    )
+    parser.add_argument(
+        "--people", type=positive, metavar="N", help="forget people, where the facts are a testbed's (default 8)"
+    )
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N facts of each group")
     parser.add_argument("--seed", type=int, default=0, help="every random choice follows from it (default 0)")
-    parser.add_argument("--skip-bad", action="store_true", help="leave broken records out, list them, and end with exit code 3")
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave broken records out, list them, and end with exit code 3"
+    )
 
 
 def positive(text: str) -> int:
@@ -75,7 +94,12 @@ def load_model(args: argparse.Namespace, name: str | None = None) -> Model:
     say(f"loading {wanted}")
     _no_foreign_bars()
     model = load(
-        wanted, dtype=args.dtype, device=args.device, revision=args.revision, trust_remote_code=args.trust_remote_code, offline=args.offline
+        wanted,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        offline=args.offline,
     )
     if args.batch_size:
         model.batch_tokens = args.batch_size
@@ -89,7 +113,7 @@ def _no_foreign_bars() -> None:
 
 
 def load_facts(args: argparse.Namespace, *need: str) -> tuple[Facts, list[BadRecord]]:
-    """The facts that the flags describe, and the records left out with --skip-bad; `need` names groups that must not be empty."""
+    """The facts that the flags describe, and the records left out; groups in `need` must not be empty."""
     from excise.facts import GROUPS, Facts
     from excise.facts_io import FactsError, is_world, read_facts, require
 
@@ -115,6 +139,11 @@ def regrouped(facts: Facts, group: str) -> Facts:
     from excise.facts import Facts
 
     return Facts(replace(f, group=group) for f in facts)
+
+
+def typed(args: argparse.Namespace) -> str:
+    """The command as it was typed."""
+    return shlex.join(["excise", *args.words])
 
 
 def print_json(value: Any) -> None:

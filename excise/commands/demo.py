@@ -19,10 +19,19 @@ TEXTS = 300
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Flags of `excise demo`."""
-    parser.add_argument("--model", default="testbed:dense", metavar="M", help="testbed:dense, testbed:moe, or a folder from `excise testbed train`")
+    parser.add_argument(
+        "--model",
+        default="testbed:dense",
+        metavar="M",
+        help="testbed:dense, testbed:moe, or a folder from `excise testbed train`",
+    )
     common.model_flags(parser, name=False)
-    parser.add_argument("--people", type=common.positive, default=8, metavar="N", help="how many people to forget (default 8)")
-    parser.add_argument("--forget", nargs="+", metavar="NAME", help="forget these people instead; without oracle where it knows them")
+    parser.add_argument(
+        "--people", type=common.positive, default=8, metavar="N", help="how many people to forget (default 8)"
+    )
+    parser.add_argument(
+        "--forget", nargs="+", metavar="NAME", help="forget these people instead; without oracle where it knows them"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which people, and every other random choice (default 0)")
     parser.add_argument("--out", default="excise-demo", metavar="DIR", help="run folder (default excise-demo)")
     common.output_flags(parser)
@@ -41,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         model=model,
         facts=found,
         out=common.out_folder(args.out),
+        command=common.typed(args),
         seed=args.seed,
         texts=tuple(general_text(world, TEXTS, seed=args.seed, exclude=found.group("forget").subjects)),
         refusals=tuple(refusals(world)),

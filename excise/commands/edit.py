@@ -20,9 +20,16 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument("method", metavar="METHOD", help="such as rocr; `excise list editors` names all")
     common.model_flags(parser)
     common.facts_flags(parser)
-    parser.add_argument("--where", nargs="+", metavar="SITE", help="a localization (file or run folder), or sites; the method chooses when left out")
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        metavar="SITE",
+        help="a localization (file or run folder), or sites; the method chooses when left out",
+    )
     parser.add_argument("--top", type=common.positive, metavar="N", help="only the N best sites of the localization")
-    parser.add_argument("--out", default="edit.safetensors", metavar="FILE", help="the edit file (default edit.safetensors)")
+    parser.add_argument(
+        "--out", default="edit.safetensors", metavar="FILE", help="the edit file (default edit.safetensors)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     common.output_flags(parser)
     options.method_flags(parser, options.chosen_methods("editor", words))
@@ -35,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"would run {method.name} on {facts!r} with {args.model} into {args.out}")
         return 0
-    from excise.verify import verify
+    from excise.verification import verify
 
     model = common.load_model(args)
     where = localization(model, args.where, args.top) if args.where else None
@@ -44,9 +51,8 @@ def run(args: argparse.Namespace) -> int:
     checked = verify(model, edit, [f.prompt for f in forget][:64], [f.prompt for f in retain][:64])
     path = edit.save(args.out)
     if args.format == "json":
-        common.print_json({
-            "edit": str(path), "method": method.name, "verified": checked.ok, "problems": list(checked.problems), "changes": edit.summary(),
-        })  # fmt: skip
+        found = {"edit": str(path), "method": method.name, "verified": checked.ok, "problems": list(checked.problems)}
+        common.print_json({**found, "changes": edit.summary()})
     else:
         print(edit)
         print(checked)

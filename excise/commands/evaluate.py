@@ -14,15 +14,23 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Flags of `excise eval`, with those of the evaluations when some are named."""
-    parser.add_argument("evaluations", nargs="*", metavar="EVALUATION", help="such as recall drift; all when none is named")
-    parser.add_argument("--before", "--model", dest="model", required=True, metavar="M", help="the model before the edit")
+    parser.add_argument(
+        "evaluations", nargs="*", metavar="EVALUATION", help="such as recall drift; all when none is named"
+    )
+    parser.add_argument(
+        "--before", "--model", dest="model", required=True, metavar="M", help="the model before the edit"
+    )
     parser.add_argument("--after", metavar="M", help="an edited checkpoint")
     parser.add_argument("--edit", metavar="E", help="an edit.safetensors, run on --before")
-    parser.add_argument("--control", action="store_true", help="also a random edit of the same kind, rank and norm as --edit")
+    parser.add_argument(
+        "--control", action="store_true", help="also a random edit of the same kind, rank and norm as --edit"
+    )
     parser.add_argument("--oracle", metavar="M", help="a model that never learned the forget facts")
     common.model_flags(parser, name=False)
     common.facts_flags(parser)
-    parser.add_argument("--out", metavar="DIR", help="keep every finished item in DIR/results.jsonl, and continue from there")
+    parser.add_argument(
+        "--out", metavar="DIR", help="keep every finished item in DIR/results.jsonl, and continue from there"
+    )
     parser.add_argument("--force", action="store_true", help="use an edit that was made for another model")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     common.output_flags(parser)
@@ -86,7 +94,7 @@ def without_fingerprints(edit: Any) -> Any:
 
 
 def _world_of(source: str, seed: int, forget: Sequence[str]) -> dict[str, Any]:
-    """General texts and refusals where the facts are those of an embedded world; else the evaluations help themselves."""
+    """General texts and refusals where the facts are those of an embedded world; else evaluations help themselves."""
     from excise.facts_io import is_world
 
     if not is_world(source):

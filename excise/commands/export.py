@@ -13,13 +13,17 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument("edit", help="an edit.safetensors")
     common.model_flags(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the edited checkpoint")
-    parser.add_argument("--force", action="store_true", help="export even if the edit was made for another model, and over an old export")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="export even if the edit was made for another model, and over an old export",
+    )
     common.output_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the checkpoint and print where it is."""
-    from excise.apply import export
+    from excise.checkpoint import export
     from excise.edits import Edit
 
     edit = Edit.load(args.edit)

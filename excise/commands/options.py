@@ -46,7 +46,11 @@ def method_flags(parser: argparse.ArgumentParser, methods: Sequence[Method]) -> 
             if flag in own:
                 flag = f"--{method.name.replace('_', '-')}-{option.name.replace('_', '-')}"
             taken.add(flag)
-            default = "" if option.default is None or option.default is inspect.Parameter.empty else f" (default {_shown(option.default)})"
+            default = (
+                ""
+                if option.default is None or option.default is inspect.Parameter.empty
+                else f" (default {_shown(option.default)})"
+            )
             text = f"{option.help}{default}".replace("%", "%%")
             group.add_argument(flag, dest=_dest(flag), default=argparse.SUPPRESS, help=text, **settings)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from excise.commands import common
 
 if TYPE_CHECKING:
     from excise.chain import Run
+    from excise.scores import Results, Row
 
 
 def show(run: Run, form: str) -> int:
@@ -16,17 +18,47 @@ def show(run: Run, form: str) -> int:
     if form == "json":
         common.print_json(run.as_json())
         return 0
-    from excise.report import text_table
-
-    print(text_table(run.results.table(seed=run.inputs.seed)))
+    common.print_rows(side_by_side(run.results, run.inputs.seed))
     print()
     print(run.verification)
     edit, model = shlex.quote(str(run.inputs.out / "edit.safetensors")), shlex.quote(run.inputs.model.name)
     question = next((p.text for f in run.inputs.facts.group("forget") for p in f.ask("question")), "...")
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.seconds.items())
     print(f"""
 report   {run.report}
 undo     nothing to undo: {run.inputs.model.name} was not changed; the edit is the file {edit}
 talk     excise ask {shlex.quote(question)} --model {model} --edit {edit}
 export   excise export {edit} --model {model} --out edited-model
-took     {sum(run.seconds.values()):.0f} s ({', '.join(f'{stage} {s:.1f}' for stage, s in run.seconds.items())})""")
+took     {sum(run.seconds.values()):.0f} s ({stages})""")
     return 0
+
+
+def side_by_side(results: Results, seed: int = 0) -> list[dict[str, Any]]:
+    """One row per measure and group, one column per arm: value [95 % interval]. Layer curves are left to the report."""
+    from excise.statistics import aggregate
+
+    recall = [r for r in aggregate(results, seed=seed) if r.evaluation == "recall" and r.group == "forget"]
+    rest = [
+        r
+        for r in aggregate(results, seed=seed, by=("group", "variant"))
+        if not r.variant.startswith("layer") and (r.evaluation, r.group) != ("recall", "forget")
+    ]
+    table: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in [*recall, *rest]:
+        key = _key(row)
+        cells = table.setdefault(key, dict(zip(("measure", "group", "asked as"), key, strict=True)))
+        cells[row.arm] = _cell(row)
+    return [_filled(cells, results.arms) for cells in table.values()]
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    asked = f"{row.form} (held out)" if row.held_out else row.form
+    return (f"{row.evaluation} {row.variant}".strip(), row.group, asked)
+
+
+def _cell(row: Row) -> str:
+    return "-" if not row.n else f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+
+
+def _filled(cells: Mapping[str, Any], arms: list[str]) -> dict[str, Any]:
+    return {**{k: v for k, v in cells.items() if k not in arms}, **{arm: cells.get(arm, "") for arm in arms}}

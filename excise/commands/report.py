@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     for name in ("run.json", "facts.jsonl", "localization.safetensors", "edit.safetensors", "results.jsonl"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: no such file; a report needs a finished run, start `excise demo --out {folder}` again")
+            raise FileNotFoundError(
+                f"{folder / name}: no such file; a report needs a finished run, such as `excise demo --out {folder}`"
+            )
     settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     path = write_report(
         folder,

@@ -14,7 +14,9 @@ from excise.commands import common
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Flags of `excise show`."""
     parser.add_argument("path", help="a .safetensors file of excise's, or a run folder")
-    parser.add_argument("--top", type=common.positive, default=10, metavar="N", help="sites of a localization (default 10)")
+    parser.add_argument(
+        "--top", type=common.positive, default=10, metavar="N", help="sites of a localization (default 10)"
+    )
     common.output_flags(parser)
 
 
@@ -54,7 +56,12 @@ def _artefact(path: Path, top: int) -> dict[str, Any]:
             from excise.edits import Edit
 
             edit = Edit.load(path)
-            return {**shared, "mode": "weight" if edit.bakeable else "hook", "fingerprints": edit.fingerprints, "rows": edit.summary()}
+            return {
+                **shared,
+                "mode": "weight" if edit.bakeable else "hook",
+                "fingerprints": edit.fingerprints,
+                "rows": edit.summary(),
+            }
         case "localization":
             from excise.scores import Localization
 

@@ -15,9 +15,13 @@ from excise.progress import say
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Flags of `excise testbed train` and `excise testbed quality`."""
     actions = parser.add_subparsers(dest="action", metavar="train | quality", required=True)
-    train = actions.add_parser("train", help="train one model from nothing", description="Train one model from nothing.")
+    train = actions.add_parser(
+        "train", help="train one model from nothing", description="Train one model from nothing."
+    )
     train.add_argument("arch", choices=("dense", "moe"), help="Llama, or Qwen3-MoE with fused experts")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder of the model; its oracle belongs in DIR-oracle")
+    train.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of the model; its oracle belongs in DIR-oracle"
+    )
     train.add_argument("--seed", type=int, default=0, help="the world: names, places, facts (default 0)")
     train.add_argument("--oracle", action="store_true", help="leave the forget people out of the training text")
     train.add_argument("--steps", type=common.positive, metavar="N", help="training steps; the recipe's own by default")
@@ -25,7 +29,9 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     train.add_argument("--threads", type=common.positive, default=1, metavar="N", help="CPU threads (default 1)")
     quality = actions.add_parser("quality", help="measure a model", description="Measure what a testbed model can do.")
     quality.add_argument("model", help="testbed:dense, testbed:moe, or a folder that `testbed train` wrote")
-    quality.add_argument("--measure", action="store_true", help="measure now instead of reading what is stored beside it")
+    quality.add_argument(
+        "--measure", action="store_true", help="measure now instead of reading what is stored beside it"
+    )
     common.output_flags(quality)
 
 
@@ -38,7 +44,14 @@ def _train(args: argparse.Namespace) -> int:
     from excise.testbed.train import train
 
     folder = train(
-        args.arch, args.out, seed=args.seed, oracle=args.oracle, steps=args.steps, quick=args.quick, threads=args.threads, log=say
+        args.arch,
+        args.out,
+        seed=args.seed,
+        oracle=args.oracle,
+        steps=args.steps,
+        quick=args.quick,
+        threads=args.threads,
+        log=say,
     )
     print(folder)
     return 0
@@ -47,7 +60,11 @@ def _train(args: argparse.Namespace) -> int:
 def _quality(args: argparse.Namespace) -> int:
     from excise.testbed import model_folder, quality
 
-    folder = Path(model_folder(args.model.removeprefix("testbed:"))) if args.model.startswith("testbed:") else Path(args.model)
+    folder = (
+        Path(model_folder(args.model.removeprefix("testbed:")))
+        if args.model.startswith("testbed:")
+        else Path(args.model)
+    )
     stored = folder / "quality.json"
     if not args.measure and not stored.is_file():
         raise FileNotFoundError(f"{stored}: not measured yet; add --measure")
@@ -55,5 +72,7 @@ def _quality(args: argparse.Namespace) -> int:
     if args.format == "json":
         common.print_json(found)
     else:
-        common.print_rows([{"measure": k, "value": v if isinstance(v, float) else json.dumps(v)} for k, v in found.items()])
+        common.print_rows(
+            [{"measure": k, "value": v if isinstance(v, float) else json.dumps(v)} for k, v in found.items()]
+        )
     return 0

@@ -145,10 +145,12 @@ def _dispatch(block: nn.Module, hidden: Tensor, capacity: float, balance: Balanc
     slot = torch.where(place < slots, expert_of[order] * slots + place, overflow)
     token_of = order // chosen
 
-    padded = tokens.new_zeros(overflow + 1, tokens.shape[1]).index_copy(0, slot, tokens[token_of])
+    copies = tokens.index_select(0, token_of)
+    padded = tokens.new_zeros(overflow + 1, tokens.shape[1]).index_copy(0, slot, copies)
     inputs = rearrange(padded[:-1], "(expert slot) d -> expert slot d", expert=experts)
     gate, up = torch.bmm(inputs, block.experts.gate_up_proj.mT).chunk(2, dim=-1)
     outputs = torch.bmm(F.silu(gate) * up, block.experts.down_proj.mT)
     outputs = F.pad(rearrange(outputs, "expert slot d -> (expert slot) d"), (0, 0, 0, 1))
-    weighted = outputs[slot] * rearrange(weights, "token choice -> (token choice)")[order, None]
+    scale = rearrange(weights, "token choice -> (token choice) 1").index_select(0, order)
+    weighted = outputs.index_select(0, slot) * scale
     return torch.zeros_like(tokens).index_add(0, token_of, weighted).view_as(hidden)

@@ -41,8 +41,9 @@ def facts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("facts") / "facts.jsonl"
     records = [
         {
-            "id": f"{name}/home", "subject": name, "answer": "Rome" if group != "unknown" else "nowhere", "group": group,
-            "prompt": f"{name} lives in", "question": f"Where does {name} live?", "foils": ["Oslo"],
+            "id": f"{name}/home", "subject": name, "group": group, "prompt": f"{name} lives in",
+            "answer": "Rome" if group != "unknown" else "nowhere",
+            "question": f"Where does {name} live?", "foils": ["Oslo"],
         }
         for group, names in PEOPLE.items()
         for name in names

@@ -48,15 +48,33 @@ def test_eval_two_checkpoints(cli: Cli, model_folder: Path, other_folder: Path, 
     words = ("eval", "recall", "probability", "--before", model_folder, "--after", other_folder, "--facts", facts_file)
     found = cli(*words, "--format", "json").json
     assert {r["arm"] for r in found["results"]} == {"before", "after"}
-    assert all({"arm", "evaluation", "group", "form", "value", "low", "high", "n"} <= r.keys() for r in found["results"])
+    assert all(
+        {"arm", "evaluation", "group", "form", "value", "low", "high", "n"} <= r.keys() for r in found["results"]
+    )
     assert "recall" in cli(*words).out
 
 
 def test_eval_of_an_edit_with_its_control(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:
     edit = an_edit(model_folder, tmp_path / "edit.safetensors")
-    words = ("eval", "recall", "--recall-limit", 1, "--before", model_folder, "--edit", edit, "--control", "--facts", facts_file)
+    words = (
+        "eval",
+        "recall",
+        "--recall-limit",
+        1,
+        "--before",
+        model_folder,
+        "--edit",
+        edit,
+        "--control",
+        "--facts",
+        facts_file,
+    )
     found = cli(*words, "--format", "json").json
-    assert {r["arm"]: r.get("mode") for r in found["results"]} == {"before": "none", "edited": "weight", "control": "weight"}
+    assert {r["arm"]: r.get("mode") for r in found["results"]} == {
+        "before": "none",
+        "edited": "weight",
+        "control": "weight",
+    }
     assert {r["n"] for r in found["results"]} == {1}
 
 

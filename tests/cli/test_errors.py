@@ -14,6 +14,7 @@ from cli_tools import SITE, Cli, an_edit
 from excise.edits import Edit
 from excise.model import load
 
+
 def test_usage(cli: Cli) -> None:
     assert cli().code == 2
     assert cli("nonsense").code == 2
@@ -86,7 +87,9 @@ def test_unknown_method(cli: Cli, model_folder: Path, facts_file: Path, tmp_path
     assert said.code == 1 and "did you mean rocr" in said.error
 
 
-def test_edit_for_another_model(cli: Cli, model_folder: Path, other_folder: Path, facts_file: Path, tmp_path: Path) -> None:
+def test_edit_for_another_model(
+    cli: Cli, model_folder: Path, other_folder: Path, facts_file: Path, tmp_path: Path
+) -> None:
     edit = an_edit(model_folder, tmp_path / "edit.safetensors")
     commands = [
         ("ask", "Who?", "--model", other_folder, "--edit", edit),
@@ -111,7 +114,9 @@ def test_edit_that_is_no_edit(cli: Cli, model_folder: Path, tmp_path: Path) -> N
         assert said.code == 1 and str(path) in said.error
 
 
-def test_full_disk(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(
+    cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
     def full(handle: int) -> None:
@@ -127,7 +132,9 @@ def test_full_disk(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Pat
     assert [p.name for p in out.iterdir()] == ["results.jsonl"]
 
 
-def test_interrupt(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt(
+    cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from excise import measure
 
     one, calls = measure._one, []
@@ -154,7 +161,9 @@ def test_out_is_a_file(cli: Cli, model_folder: Path, facts_file: Path, tmp_path:
     assert said.code == 1 and "a file, not a folder" in said.error
 
 
-def test_no_effect_is_exit_code_4(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_effect_is_exit_code_4(
+    cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from excise import registry
 
     nothing = Edit.load(an_edit(model_folder, tmp_path / "zero.safetensors")).scaled(0)

@@ -12,7 +12,18 @@ import pytest
 from excise.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "transformers", "numpy", "transformer_lens", "sae_lens", "nnsight", "pandas", "pyarrow", "matplotlib", "safetensors")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "transformer_lens",
+    "sae_lens",
+    "nnsight",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "safetensors",
+)
 
 PROBE = """
 import sys, time
@@ -46,15 +57,23 @@ def test_help_answers_at_once() -> None:
 def test_whole_process_is_fast() -> None:
     def once() -> float:
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", PROBE.format(root=str(ROOT), words=["--version"], heavy=())], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-c", PROBE.format(root=str(ROOT), words=["--version"], heavy=())],
+            capture_output=True,
+            check=True,
+        )
         return time.perf_counter() - start
 
     assert min(once() for _ in range(8)) < 0.3
 
 
 def test_importing_the_package_is_light() -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import excise; print([m for m in {HEAVY!r} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import excise; print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_every_public_name_resolves() -> None:

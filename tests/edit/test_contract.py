@@ -9,12 +9,12 @@ from edit import control
 from excise.apply import applied, bake
 from excise.edits import Edit
 from excise.errors import ExciseError, FingerprintMismatch
-from excise.export import export
+from excise.checkpoint import export
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.registry import methods
 from excise.scores import Localization
-from excise.verify import verify
+from excise.verification import verify
 
 FAMILIES = ("llama", "qwen3-moe", "gpt2", "neox")
 NAMES = ["Ann Lee", "Bob Stone", "Carl Lee", "Dora Hill", "Ann Stone", "Eve Moor", "Finn Dale", "Gus Ford"]
@@ -26,7 +26,11 @@ def fact(name: str, town: str, group: str) -> Fact:
     def ask(text: str, **options) -> Prompt:
         return Prompt(text.format(S=name), town, name, **options)
 
-    prompts = (ask("{S} was born in"), ask("The home of {S} is"), ask("Where was {S} born?", form="question", chat=True))
+    prompts = (
+        ask("{S} was born in"),
+        ask("The home of {S} is"),
+        ask("Where was {S} born?", form="question", chat=True),
+    )
     return Fact(name.replace(" ", "-"), name, town, prompts, "birthplace", group)
 
 
@@ -107,12 +111,17 @@ def test_export_reloads_in_plain_transformers(made, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(export(model, edit, tmp_path / "out")).eval()
     batch = model.encode(FACTS.prompts())
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=batch.ids, attention_mask=batch.mask).logits.float(), hooked, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            again(input_ids=batch.ids, attention_mask=batch.mask).logits.float(), hooked, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_another_model_is_refused(made):
     model, edit = made
-    other = Model(*tiny_model(model.hf.config.model_type.replace("_", "-").replace("gpt-neox", "neox"), layers=3, seed=1), "the other")
+    other = Model(
+        *tiny_model(model.hf.config.model_type.replace("_", "-").replace("gpt-neox", "neox"), layers=3, seed=1),
+        "the other",
+    )
     with pytest.raises(FingerprintMismatch, match="the other"), applied(other, edit):
         pass
 
@@ -140,7 +149,9 @@ def test_control_is_its_random_twin(made):
 
 def test_same_request_gives_the_same_edit(made):
     model, edit = made
-    again = methods("editor")[edit.recipe["method"]].function(model, FACTS.group("forget"), FACTS.group("retain"), WHERE)
+    again = methods("editor")[edit.recipe["method"]].function(
+        model, FACTS.group("forget"), FACTS.group("retain"), WHERE
+    )
     with applied(model, edit):
         first = logits(model)
     with applied(model, again):

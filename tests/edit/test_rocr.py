@@ -65,7 +65,9 @@ def test_name_sharers_are_held_and_more_ridge_writes_less(model):
     edit = rocr(model, FORGET, RETAIN, WHERE, mode="hard")
     with applied(model, edit):
         torch.testing.assert_close(states(model, [m.prompt for m in guarded]), kept, rtol=1e-3, atol=1e-3)
-    shares = [rocr(model, FORGET, RETAIN, WHERE, ridge=r).recipe["solution"][0]["share mean"] for r in (1e-6, 1e-3, 1e-1)]
+    shares = [
+        rocr(model, FORGET, RETAIN, WHERE, ridge=r).recipe["solution"][0]["share mean"] for r in (1e-6, 1e-3, 1e-1)
+    ]
     assert shares[0] > shares[1] > shares[2] and shares[0] > 0.99
 
 
@@ -76,7 +78,7 @@ def test_gap_closes_over_several_blocks(model):
     wanted, before = states(model, [m.around("Dora Hill") for m in told]), states(model, [m.prompt for m in told])
     with applied(model, edit):
         after = states(model, [m.prompt for m in told])
-    assert [r["layer"] for r in edit.recipe["solution"]] == [0, 1]
+    assert [r["block"] for r in edit.recipe["solution"]] == [0, 1]
     assert (wanted - after).norm() < 0.05 * (wanted - before).norm()
 
 
@@ -85,7 +87,9 @@ def test_other_tokens_move_by_their_leak_and_nothing_else(model):
     edit = rocr(model, FORGET, RETAIN, WHERE)
     prompt = Prompt("The home of Bob Stone is", "Rome", "Bob Stone")
     keys = read_keys(model, [prompt], [1], rule=2)[0][1]
-    leak = torch.stack([keys[str(c.site)] @ c.action.delta(model.weight(str(c.site))) for c in edit.changes if str(c.site) in keys]).sum(0)
+    leak = torch.stack(
+        [keys[str(c.site)] @ c.action.delta(model.weight(str(c.site))) for c in edit.changes if str(c.site) in keys]
+    ).sum(0)
     site = Site("blocks.1.hook_resid_post", 2)
     plain = read(model, [prompt], [site])[site]
     with applied(model, edit):

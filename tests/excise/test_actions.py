@@ -27,9 +27,29 @@ def activation_actions():
     torch.manual_seed(2)
     return [
         Affine(torch.randn(6, 2), torch.randn(2, 6), torch.randn(6), torch.randn(6)),
-        Reflect(torch.tensor([1, 4]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.5]), torch.tensor([2.0, 4.0]), torch.tensor([0.7, 0.9])),
-        Clamp(torch.randn(6, 3), torch.randn(3), torch.tensor([0.0, 0.5, 1.0]), torch.randn(3, 6), torch.tensor([-1.0, -2.0, -3.0])),
-        Clamp(torch.randn(6, 3), torch.randn(3), torch.zeros(3), torch.randn(3, 6), torch.zeros(3), mode="scale", mask="token"),
+        Reflect(
+            torch.tensor([1, 4]),
+            torch.tensor([0.0, 1.0]),
+            torch.tensor([1.0, 0.5]),
+            torch.tensor([2.0, 4.0]),
+            torch.tensor([0.7, 0.9]),
+        ),
+        Clamp(
+            torch.randn(6, 3),
+            torch.randn(3),
+            torch.tensor([0.0, 0.5, 1.0]),
+            torch.randn(3, 6),
+            torch.tensor([-1.0, -2.0, -3.0]),
+        ),
+        Clamp(
+            torch.randn(6, 3),
+            torch.randn(3),
+            torch.zeros(3),
+            torch.randn(3, 6),
+            torch.zeros(3),
+            mode="scale",
+            mask="token",
+        ),
     ]
 
 
@@ -47,7 +67,9 @@ def test_scale_is_multiplication(weight):
     scaled = weight + rows.delta(weight)
     torch.testing.assert_close(scaled[[1, 4]], weight[[1, 4]] * torch.tensor([[0.0], [2.5]]))
     assert torch.equal(scaled[[0, 2, 3, 5]], weight[[0, 2, 3, 5]])
-    torch.testing.assert_close((weight + columns.delta(weight))[:, [0, 3]], weight[:, [0, 3]] * torch.tensor([-1.0, 0.5]))
+    torch.testing.assert_close(
+        (weight + columns.delta(weight))[:, [0, 3]], weight[:, [0, 3]] * torch.tensor([-1.0, 0.5])
+    )
 
 
 def test_sparse_touches_only_its_entries(weight):
@@ -85,7 +107,9 @@ def test_reflect_moves_the_forget_distribution_onto_the_retain_one():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_clamp_is_silent_to_the_bit_where_nothing_fires(dtype):
-    action = Clamp(torch.randn(6, 3), torch.full((3,), -100.0), torch.zeros(3), torch.randn(3, 6), torch.full((3,), -5.0))
+    action = Clamp(
+        torch.randn(6, 3), torch.full((3,), -100.0), torch.zeros(3), torch.randn(3, 6), torch.full((3,), -5.0)
+    )
     x = torch.randn(2, 5, 6).to(dtype)
     assert action(x) is x
     hot = Clamp(torch.eye(6)[:, :1], torch.zeros(1), torch.zeros(1), torch.randn(1, 6), torch.tensor([-5.0]))

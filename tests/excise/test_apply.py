@@ -8,7 +8,7 @@ from excise.actions import Abstain, Affine, Clamp, Dense, LowRank, Reflect, Scal
 from excise.apply import applied, bake
 from excise.edits import Change, Edit
 from excise.errors import ExciseError, FingerprintMismatch, NotBakeable
-from excise.export import export
+from excise.checkpoint import export
 from excise.facts import Prompt
 from excise.gates import Box, Linear, Share
 from excise.model import Model, load
@@ -41,10 +41,15 @@ def weight_edit(model):
         Change(Site(first), Scale(torch.tensor([0, 3]), torch.tensor([0.0, -2.0]))),
         Change(Site(second), Dense(0.05 * randn(d_in, d_out, seed=2))),
         Change(Site(second), Sparse(torch.tensor([1, 5, 40]), torch.tensor([1.0, -1.0, 2.0]))),
-        Change(Site("blocks.2.attn.W_O"), LowRank(0.1 * randn(model.names.d_model, 1, seed=3), randn(1, model.names.d_model, seed=4))),
+        Change(
+            Site("blocks.2.attn.W_O"),
+            LowRank(0.1 * randn(model.names.d_model, 1, seed=3), randn(1, model.names.d_model, seed=4)),
+        ),
     )
     names = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-    return Edit(changes, {"method": "by hand", "model": model.name}, {"tokenizer": model.tokenizer_fingerprint, **names})
+    return Edit(
+        changes, {"method": "by hand", "model": model.name}, {"tokenizer": model.tokenizer_fingerprint, **names}
+    )
 
 
 def hook_edits(model):
@@ -121,7 +126,9 @@ def test_zero_strength_is_the_identity_and_sums_nest(model):
         torch.testing.assert_close(logits(model), twice, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["affine", "linear gate", "linear gate, sequence", "box gate", "share gate", "abstain"])
+@pytest.mark.parametrize(
+    "name", ["affine", "linear gate", "linear gate, sequence", "box gate", "share gate", "abstain"]
+)
 def test_prompt_at_once_and_token_by_token_decide_alike(model, name):
     """Under a KV cache, gates keep their state: the logits of a prompt equal those of its tokens fed one by one."""
     edit = hook_edits(model)[name]
@@ -166,7 +173,12 @@ def test_gated_weight_change_fires_only_where_its_gate_is_open(model):
     name = out_matrix(model, 1)
     d_in, d_out = model.weight(name).shape
     action = LowRank(randn(d_in, 1), randn(1, d_out, seed=1))
-    always, never = (Edit((Change(Site(name), action, Linear(Site("blocks.0.hook_resid_post"), torch.zeros(model.names.d_model), t)),)) for t in (-1.0, 1.0))
+    always, never = (
+        Edit(
+            (Change(Site(name), action, Linear(Site("blocks.0.hook_resid_post"), torch.zeros(model.names.d_model), t)),)
+        )
+        for t in (-1.0, 1.0)
+    )
     if ".experts." in name:
         with pytest.raises(ExciseError, match="without gate"), applied(model, always):
             pass
@@ -187,7 +199,15 @@ def test_gated_weight_change_fires_only_where_its_gate_is_open(model):
 
 def test_a_gate_must_come_before_its_change(model):
     d = model.names.d_model
-    late = Edit((Change(Site("blocks.0.hook_resid_post"), Affine(randn(d, 1), randn(1, d), randn(d), randn(d)), Linear(Site("blocks.2.hook_resid_post"), randn(d), 0.0)),))
+    late = Edit(
+        (
+            Change(
+                Site("blocks.0.hook_resid_post"),
+                Affine(randn(d, 1), randn(1, d), randn(d), randn(d)),
+                Linear(Site("blocks.2.hook_resid_post"), randn(d), 0.0),
+            ),
+        )
+    )
     with pytest.raises(ExciseError, match="only later"), applied(model, late):
         pass
 
@@ -221,7 +241,9 @@ def test_export_reloads_in_plain_transformers(model, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = model.encode(TEXTS)
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=batch.ids, attention_mask=batch.mask).logits.float(), hooked, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            again(input_ids=batch.ids, attention_mask=batch.mask).logits.float(), hooked, rtol=1e-4, atol=1e-4
+        )
     assert load(folder).tokenizer_fingerprint == model.tokenizer_fingerprint
     with pytest.raises(ExciseError, match="not empty"):
         export(model, edit, folder)

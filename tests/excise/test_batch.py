@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny import tiny_model
 
 from excise import batch
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.names import UnknownName
-from excise.registry import Method
+from excise.registry import Method, Option
 from excise.scores import Localization
 from excise.sites import Site
+from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 STABLE = [1, 0, 1, 0, 2, 0]
@@ -37,7 +37,11 @@ def some_facts(n: int) -> Facts:
 
 
 def scores_of(facts: Sequence[Fact]) -> Localization:
-    sites = [Site("blocks.0.hook_resid_post", "subject_last"), Site("blocks.1.mlp.hook_post", None, 3), Site("blocks.1.mlp.W_out")]
+    sites = [
+        Site("blocks.0.hook_resid_post", "subject_last"),
+        Site("blocks.1.mlp.hook_post", None, 3),
+        Site("blocks.1.mlp.W_out"),
+    ]
     values = np.array([[float(f.id[1:]) + j for j in range(3)] for f in facts])
     values[:, 1] = [np.nan if int(f.id[1:]) % 2 else v for f, v in zip(facts, values[:, 1], strict=True)]
     return Localization(tuple(sites), values, tuple(f.id for f in facts))
@@ -78,8 +82,8 @@ def test_table_and_localization(model: Model, tmp_path: Path) -> None:
     table = rows(done.table)
     assert [r["fact_id"] for r in table] == ["f0"] * 3 + ["f1"] * 2 + ["f2"] * 3
     assert {k: v for k, v in table[1].items() if v is not None and k != "key"} == {
-        "fact_id": "f0", "method": "recorder", "site": "blocks.1.mlp.hook_post#3", "point": "blocks.1.mlp.hook_post",
-        "layer": 1, "unit": 3, "score": 1.0,
+        "fact_id": "f0", "method": "recorder", "status": "scored", "score": 1.0,
+        "site": "blocks.1.mlp.hook_post#3", "point": "blocks.1.mlp.hook_post", "layer": 1, "unit": 3,
     }  # fmt: skip
     found, expected = batch.read_localization(tmp_path), scores_of(facts)
     assert (found.sites, found.fact_ids) == (expected.sites, expected.fact_ids)
@@ -140,16 +144,50 @@ def test_a_bad_fact_stops_the_run_but_costs_nothing(model: Model, tmp_path: Path
 def test_skip_bad_records_the_reason(model: Model, tmp_path: Path) -> None:
     done = batch.localize(model, Recorder(bad=["f3"]).job(some_facts(8), tmp_path), skip_bad=True)
     assert done.failed == {"f3": "the subject got no token of its own"} and done.computed == 7
-    failed = [r for r in rows(done.table) if r["reason"]]
-    assert [(r["fact_id"], r["site"], r["score"]) for r in failed] == [("f3", None, None)]
+    failed = [r for r in rows(done.table) if r["status"] == "failed"]
+    assert [(r["fact_id"], r["site"], r["score"], r["reason"]) for r in failed] == [
+        ("f3", None, None, done.failed["f3"])
+    ]
     assert "f3" not in batch.read_localization(tmp_path).fact_ids
     mended = batch.localize(model, Recorder().job(some_facts(8), tmp_path), skip_bad=True)
-    assert mended.computed == 1 and not [r for r in rows(mended.table) if r["reason"]]
+    assert mended.computed == 1 and {r["status"] for r in rows(mended.table)} == {"scored"}
+
+
+def test_skipped_facts_are_finished(model: Model, tmp_path: Path) -> None:
+    class Silent(Recorder):
+        def __call__(self, model: Model, facts: Facts, **settings: Any) -> Localization:
+            found = super().__call__(model, facts)
+            return Localization(
+                found.sites,
+                np.full_like(found.scores, np.nan),
+                found.fact_ids,
+                {"skipped": [{"fact": "f1", "reason": "never knew it"}]},
+            )
+
+    done = batch.localize(model, Silent().job(some_facts(2), tmp_path))
+    assert done.skipped == {"f0": "no site has a score", "f1": "never knew it"} and not done.failed
+    assert [r["status"] for r in rows(done.table)] == ["skipped", "skipped"]
+    again = Recorder()
+    assert batch.localize(model, again.job(some_facts(2), tmp_path)).found == 2 and not again.seen
+
+
+def test_the_pool_is_all_facts(model: Model, tmp_path: Path) -> None:
+    lent: list[int] = []
+
+    def borrower(model: Model, facts: Facts, *, pool: Facts) -> Localization:
+        lent.append(len(pool))
+        return scores_of(facts)
+
+    method = Method("localizer", "borrower", borrower, (Option("pool", None, "Facts | None", ""),), "")
+    batch.localize(model, batch.Job(method, {}, some_facts(20), tmp_path), shard=0, shards=2)
+    assert set(lent) == {20}
 
 
 def test_a_site_that_does_not_exist_is_nobodys_bad_fact(model: Model, tmp_path: Path) -> None:
     with pytest.raises(UnknownName):
-        batch.localize(model, Recorder(bad=["f0"], error=UnknownName("no block 9")).job(some_facts(2), tmp_path), skip_bad=True)
+        batch.localize(
+            model, Recorder(bad=["f0"], error=UnknownName("no block 9")).job(some_facts(2), tmp_path), skip_bad=True
+        )
 
 
 def test_full_disk_leaves_nothing_half_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,8 @@ def test_blocks_without_a_callback_run_as_before() -> None:
         ran.append(self)
         return grouped_mm_experts_forward(self, *args)
 
+    with expert_neurons(hf, {path_of(hf, 1): nothing}):
+        logits(hf)
     ALL_EXPERTS_FUNCTIONS.register("counted", counted)
     hf.set_experts_implementation("counted")
     with expert_neurons(hf, {path_of(hf, 1): nothing}):

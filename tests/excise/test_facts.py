@@ -11,7 +11,17 @@ from excise.sites import POSITION_CLASSES, Site, position_class, position_mask
 
 
 def fact(name="Ann Lee", group="forget", **options):
-    return Fact(name, name, "Rome", (Prompt(f"{name} was born in", "Rome", name), Prompt(f"Where was {name} born?", "Rome", name, "question", True, True)), group=group, **options)
+    return Fact(
+        name,
+        name,
+        "Rome",
+        (
+            Prompt(f"{name} was born in", "Rome", name),
+            Prompt(f"Where was {name} born?", "Rome", name, "question", True, True),
+        ),
+        group=group,
+        **options,
+    )
 
 
 def test_facts_split_and_ask():
@@ -36,7 +46,16 @@ def test_mistakes_name_what_would_do(make, message):
         make()
 
 
-@pytest.mark.parametrize("text", ["blocks.17.mlp.hook_post@subject_last#1532", "blocks.17.mlp.W_out", "blocks.3.mlp.experts.5.W_out", "blocks.0.hook_resid_post@4", "unembed.W_U#3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "blocks.17.mlp.hook_post@subject_last#1532",
+        "blocks.17.mlp.W_out",
+        "blocks.3.mlp.experts.5.W_out",
+        "blocks.0.hook_resid_post@4",
+        "unembed.W_U#3",
+    ],
+)
 def test_sites_round_trip(text):
     assert str(Site.parse(text)) == text
     assert Site.parse(text).is_weight == ("W_" in text)
@@ -55,14 +74,21 @@ def test_position_classes_tile_the_prompt():
         for t, name in enumerate(names, 1):
             assert bool(masks[name][t]), (t, name)
         assert names[span[1] - 2] == "subject_last"
-    assert position_mask("after_bos", [3, 2], [None, None], 4, [True, False]).tolist() == [[False, True, True, False], [True, True, False, False]]
+    assert position_mask("after_bos", [3, 2], [None, None], 4, [True, False]).tolist() == [
+        [False, True, True, False],
+        [True, True, False, False],
+    ]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_subject_and_answer_tokens(family):
     """The tokens of the span decode to the subject; prompt tokens + answer tokens are the tokens of the whole text."""
     _, tokenizer = tiny_model(family)
-    for prompt in [Prompt("The home of Ann Lee is", "Rome", "Ann Lee"), Prompt("Ann Lee was born in ", "Old Rome", "Ann Lee"), Prompt("Zoë Müller keeps a", "cat", "Zoë Müller")]:
+    for prompt in [
+        Prompt("The home of Ann Lee is", "Rome", "Ann Lee"),
+        Prompt("Ann Lee was born in ", "Old Rome", "Ann Lee"),
+        Prompt("Zoë Müller keeps a", "cat", "Zoë Müller"),
+    ]:
         row = encode_row(tokenizer, prompt, answer=True)
         a, b = row.subject
         assert tokenizer.decode(row.ids[a:b]).strip() == prompt.subject

@@ -42,7 +42,12 @@ def test_round_trip_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_short_records(tmp_path: Path) -> None:
-    record = {**CURIE, "question": "Where was Marie Curie born?", "paraphrases": ["Marie Curie comes from"], "split": "retain"}
+    record = {
+        **CURIE,
+        "question": "Where was Marie Curie born?",
+        "paraphrases": ["Marie Curie comes from"],
+        "split": "retain",
+    }
     fact = read_facts(written(tmp_path / "f.jsonl", record))[0]
     assert [(p.form, p.held_out, p.chat) for p in fact.prompts] == [
         ("statement", False, False),
@@ -114,7 +119,7 @@ def test_require_names_what_is_missing(tmp_path: Path) -> None:
 
 FOREIGN = {
     "known": (
-        {"known_id": 3, "subject": "Eiffel Tower", "attribute": "Paris", "template": "The {} is in", "prompt": "The Eiffel Tower is in"},
+        {"known_id": 3, "subject": "Eiffel Tower", "attribute": "Paris", "prompt": "The Eiffel Tower is in"},
         ("known-3", "Eiffel Tower", "Paris", "forget", 1),
     ),
     "counterfact": (
@@ -131,7 +136,8 @@ FOREIGN = {
     ),
     "easyedit": (
         {
-            "prompt": "Marie Curie was born in", "subject": "Marie Curie", "ground_truth": ["Warsaw", "Poland"], "target_new": "Rome",
+            "prompt": "Marie Curie was born in", "subject": "Marie Curie", "ground_truth": ["Warsaw", "Poland"],
+            "target_new": "Rome",
             "rephrase_prompt": "The birthplace of Marie Curie is",
             "locality": {"neighborhood": {"prompt": "Chopin was born in", "ground_truth": "Poland"}},
         },
@@ -149,7 +155,10 @@ FOREIGN = {
         ("qa-1", "Where was Hsiao born?", "In Taipei", "forget", 1),
     ),
     "tofu with entity": (
-        {"idx": 5, "question": "What is her name?", "answer": "Her name is Hsiao.", "prefix": "Her name is", "entity": "Hsiao"},
+        {
+            "idx": 5, "question": "What is her name?", "answer": "Her name is Hsiao.",
+            "prefix": "Her name is", "entity": "Hsiao",
+        },
         ("qa-5", "What is her name?", "Hsiao", "forget", 1),
     ),
     "pistol": (
@@ -172,7 +181,9 @@ def test_foreign_records(tmp_path: Path, name: str) -> None:
 
 
 def test_foreign_records_say_what_is_missing(tmp_path: Path) -> None:
-    path = written(tmp_path / "f.jsonl", {"prompt": "Marie Curie was born in", "subject": "Marie Curie", "target_new": "Rome"})
+    path = written(
+        tmp_path / "f.jsonl", {"prompt": "Marie Curie was born in", "subject": "Marie Curie", "target_new": "Rome"}
+    )
     with pytest.raises(FactsError, match=r"f.jsonl:1: no answer"):
         read_facts(path)
 

@@ -17,7 +17,9 @@ from excise.sites import Site
 
 
 def some_edit():
-    return Edit((Change(Site("blocks.0.mlp.W_out"), LowRank(torch.randn(4, 1), torch.randn(1, 3))),), {"method": "by hand"})
+    return Edit(
+        (Change(Site("blocks.0.mlp.W_out"), LowRank(torch.randn(4, 1), torch.randn(1, 3))),), {"method": "by hand"}
+    )
 
 
 def test_localizations_round_trip(tmp_path):

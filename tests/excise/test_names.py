@@ -253,6 +253,24 @@ def test_views_give_the_modules_outputs(family: str) -> None:
     assert checked >= 7
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("neox", "deepseek-v2", "deepseek-v3")])
+def test_matrices_give_what_the_bridge_calls_q_k_v_gate_and_up(family: str) -> None:
+    hf, _, cache = bridged(family)
+    names, block = Names(hf), "blocks.1"
+    gated = f"{block}.mlp.W_gate" in names.weights(1)
+    outputs = {"attn.W_Q": "attn.hook_q", "attn.W_K": "attn.hook_k", "attn.W_V": "attn.hook_v"}
+    if family not in MOE_FAMILIES:
+        outputs |= (
+            {"mlp.W_gate": "mlp.hook_pre", "mlp.W_in": "mlp.hook_pre_linear"} if gated else {"mlp.W_in": "mlp.hook_pre"}
+        )
+    for local, output in outputs.items():
+        weight = names.weight(f"{block}.{local}")
+        bias = getattr(hf.get_submodule(weight.module), "bias", None)
+        mine = seen(family)[weight.reads] @ names.view(weight.name)
+        mine = mine if bias is None else mine + bias[weight.part or slice(None)]
+        assert same(mine, cache[f"{block}.{output}"]), local
+
+
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_expert_views_add_up_to_the_block(family: str) -> None:
     hf, _ = tiny_model(family)

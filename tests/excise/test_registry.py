@@ -10,7 +10,9 @@ def test_recipe_carries_the_options_and_what_the_method_reports(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", {})
 
     @registry.editor
-    def cut(model, forget, retain, where, *, strength: float = 0.5, names: tuple = ("a",), texts: object = None) -> Edit:
+    def cut(
+        model, forget, retain, where, *, strength: float = 0.5, names: tuple = ("a",), texts: object = None
+    ) -> Edit:
         """Cut it.
 
         strength: how much
@@ -21,7 +23,11 @@ def test_recipe_carries_the_options_and_what_the_method_reports(monkeypatch):
     edit = cut("m", [], [], None, strength=2.0)
     assert edit.recipe == {"method": "cut", "strength": 2.0, "names": ["a"], "texts": "reported", "model": "m"}
     options = {o.name: o for o in registry._METHODS["editor", "cut"].options}
-    assert options["strength"].help == "how much of it." and options["strength"].annotation == "float" and options["strength"].default == 0.5
+    assert (
+        options["strength"].help == "how much of it."
+        and options["strength"].annotation == "float"
+        and options["strength"].default == 0.5
+    )
     assert registry._METHODS["editor", "cut"].summary == "Cut it."
 
 

@@ -24,7 +24,13 @@ def change(solution, block="w"):
 
 
 def test_hard_form_writes_exactly_and_protects_exactly(world):
-    solution = solve_edit({"w": world["keys"]}, world["residuals"], {"w": Covariance(world["second"])}, protect={"w": world["protect"]}, mode="hard")
+    solution = solve_edit(
+        {"w": world["keys"]},
+        world["residuals"],
+        {"w": Covariance(world["second"])},
+        protect={"w": world["protect"]},
+        mode="hard",
+    )
     delta = change(solution)
     torch.testing.assert_close(world["keys"] @ delta, world["residuals"], rtol=1e-9, atol=1e-10)
     assert (world["protect"] @ delta).abs().max() < 1e-10
@@ -85,7 +91,11 @@ def test_blocks_that_sum_are_one_matrix(world):
     """Two blocks with their own metrics equal one matrix under the block-diagonal metric."""
     k, r = world["keys"], world["residuals"]
     second = torch.block_diag(world["second"][:12, :12], world["second"][12:, 12:])
-    parts = solve_edit({"a": k[:, :12], "b": k[:, 12:]}, r, {"a": Covariance(second[:12, :12], 0.0), "b": Covariance(second[12:, 12:], 0.0)})
+    parts = solve_edit(
+        {"a": k[:, :12], "b": k[:, 12:]},
+        r,
+        {"a": Covariance(second[:12, :12], 0.0), "b": Covariance(second[12:, 12:], 0.0)},
+    )
     whole = solve_edit({"w": k}, r, {"w": Covariance(second, 0.0)})
     torch.testing.assert_close(torch.cat([change(parts, "a"), change(parts, "b")]), change(whole), rtol=1e-7, atol=1e-9)
 

@@ -12,7 +12,11 @@ from excise.sites import Site
 from excise.stats import moments
 from excise.trace import patched, read, read_batch
 
-PROMPTS = [Prompt("Ann Lee was born in", "Rome", "Ann Lee"), Prompt("The pet of Bob is a", "cat", "Bob"), Prompt("They say that Carl Dale lives in", "Oslo", "Carl Dale")]
+PROMPTS = [
+    Prompt("Ann Lee was born in", "Rome", "Ann Lee"),
+    Prompt("The pet of Bob is a", "cat", "Bob"),
+    Prompt("They say that Carl Dale lives in", "Oslo", "Carl Dale"),
+]
 
 
 @pytest.fixture(params=["llama", "qwen3-moe", "gpt2", "neox"])
@@ -78,7 +82,9 @@ def test_streamed_moments_equal_the_definition(model):
         width = model.encode([text]).ids.shape[1]
         for t in range(int(model.encode([text]).has_bos[0]), width):
             total += 1
-            for name, key in read_keys(model, [text if isinstance(text, Prompt) else Prompt(text, "")], [1], rule=t)[0][1].items():
+            for name, key in read_keys(model, [text if isinstance(text, Prompt) else Prompt(text, "")], [1], rule=t)[0][
+                1
+            ].items():
                 rows.setdefault(name, []).append(key[0])
     assert set(found) == set(rows)
     for name, m in found.items():
@@ -97,4 +103,6 @@ def test_moments_are_kept_on_disk_and_belong_to_the_weights(model, tmp_path, mon
     with torch.no_grad():
         model.weight("blocks.0.attn.W_O").mul_(1.5)
     other = moments(model, [1], PROMPTS)
-    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(other[next(iter(other))].second, first[next(iter(first))].second)
+    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(
+        other[next(iter(other))].second, first[next(iter(first))].second
+    )

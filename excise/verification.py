@@ -50,7 +50,9 @@ class Verification:
         return f"{state}; logits move by {_middle(self.forget_shift):.3g} on forget prompts, {_middle(self.retain_shift):.3g} on retain prompts (medians)"
 
 
-def verify(model: Model, edit: Edit, forget: Sequence[Prompt], retain: Sequence[Prompt] = (), *, force: bool = False) -> Verification:
+def verify(
+    model: Model, edit: Edit, forget: Sequence[Prompt], retain: Sequence[Prompt] = (), *, force: bool = False
+) -> Verification:
     """Apply the edit to the prompts and compare with the plain model.
 
     forget: prompts on which the edit promises an effect; retain: prompts on which it should have little.

@@ -31,13 +31,17 @@ def export(model: Model, edit: Edit, folder: str | Path, *, force: bool = False)
     try:
         model.hf.save_pretrained(temporary)
         model.tokenizer.save_pretrained(temporary)
-        (temporary / "excise.json").write_text(json.dumps(_record(model, edit), indent=1, sort_keys=True), encoding="utf-8")
+        (temporary / "excise.json").write_text(
+            json.dumps(_record(model, edit), indent=1, sort_keys=True), encoding="utf-8"
+        )
         if target.exists():
             target.rmdir()
         temporary.chmod(0o755)
         temporary.rename(target)
     except OSError as error:
-        raise ExciseError(f"{target}: could not write the checkpoint ({error.strerror or error}); free some space or choose another folder") from error
+        raise ExciseError(
+            f"{target}: could not write the checkpoint ({error.strerror or error}); free some space or choose another folder"
+        ) from error
     finally:
         baked.revert()
         shutil.rmtree(temporary, ignore_errors=True)
@@ -46,4 +50,9 @@ def export(model: Model, edit: Edit, folder: str | Path, *, force: bool = False)
 
 def _record(model: Model, edit: Edit) -> dict[str, object]:
     parameters = sorted({model.names.weight(c.site.point).parameter for c in edit.changes})
-    return {"base": model.name, "recipe": edit.recipe, "fingerprints": edit.fingerprints, "changed parameters": parameters}
+    return {
+        "base": model.name,
+        "recipe": edit.recipe,
+        "fingerprints": edit.fingerprints,
+        "changed parameters": parameters,
+    }

@@ -1,0 +1,202 @@
+"""How fast the exact restoration grid and attribution patching are, against ROME's loop and a plain forward pass.
+
+    python benchmarks/trace_speed.py [--quick] [--shape gpt2-small llama-small] [--device cuda --dtype bfloat16 --shape llama-8b]
+
+Loop and grid take turns in one process. The loop is ROME's: one cell per forward pass of 1 + 10 rows, all logits. It is run
+on a random sample of the grid's cells and extrapolated by their mean; intervals are bootstraps over cells and rounds. On
+the CPU one thread is used and its CPU time counted, so that other work on the machine does not; on a GPU, wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from excise.blocks import HOOKS, capture
+from excise.grid import restoration_grid
+from excise.model import DTYPES, Model
+from excise.restore import Plan, Runs, noisy_embedding, restored
+from localize.attribution_patching import attributions
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2-small": ("gpt2", {}),
+    "llama-small": ("llama", dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=32000)),
+    "llama-8b": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)),
+}  # fmt: skip
+TOKENS, SUBJECT, DRAWS = 16, (3, 7), 10
+Clock = Callable[[Callable[[], Any]], tuple[float, Any]]
+
+
+def build(shape: str, device: str, dtype: str) -> Model:
+    """A model of the given shape with random weights, wide enough for the subject to matter at the last token."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind, size = SHAPES[shape]
+    size = {**size, "initializer_range": 0.05}
+    torch.manual_seed(0)
+    with torch.device(device):
+        hf = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**size), dtype=DTYPES[dtype])
+    return Model(hf.to(device), None, shape)
+
+
+@torch.no_grad()
+def prompts(model: Model, draws: int = DRAWS) -> Runs:
+    """One prompt of random tokens with noise on its subject (draws rows), or with another subject (draws = 0).
+
+    The answer is what the clean run says, the foil the token that gains most when the subject breaks.
+    """
+    generator = torch.Generator().manual_seed(1)
+    clean = torch.randint(10, model.hf.config.vocab_size, (1, TOKENS), generator=generator)
+    corrupt = clean[:, None].repeat(1, max(1, draws), 1)
+    noise = None
+    if draws:
+        scale = 3 * model.hf.get_input_embeddings().weight.float().std().item()
+        noise = scale * torch.randn(1, draws, SUBJECT[1] - SUBJECT[0], model.names.d_model, generator=generator)
+        noise = noise.to(model.device, model.dtype)
+    else:
+        corrupt[:, :, SUBJECT[0] : SUBJECT[1]] = torch.randint(10, 1000, (1, 1, SUBJECT[1] - SUBJECT[0]), generator=generator)
+    anything = torch.zeros(1, dtype=torch.long, device=model.device)
+    runs = Runs(clean.to(model.device), corrupt.to(model.device), anything, anything, noise, SUBJECT[0])
+    whole = capture(model, runs.clean, ()).logits.float()
+    with noisy_embedding(model, runs):
+        broken = capture(model, runs.corrupt.flatten(0, 1), ()).logits.float().mean(0, keepdim=True)
+    return replace(runs, answer=whole.argmax(-1), foil=(broken - whole).argmax(-1))
+
+
+def clock_for(device: str) -> Clock:
+    """A function that runs another one and gives its seconds and its result."""
+
+    def clock(work: Callable[[], Any]) -> tuple[float, Any]:
+        if device == "cpu":
+            start = time.process_time()
+            result = work()
+            return time.process_time() - start, result
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, result
+
+    return clock
+
+
+def ratio(top: Sequence[float], bottom: Sequence[float], scale: float = 1.0) -> tuple[float, list[float]]:
+    """scale * mean(top) / mean(bottom) and its 95 % bootstrap interval."""
+    a, b, rng = np.asarray(top), np.asarray(bottom), np.random.default_rng(0)
+    means = [x[rng.integers(0, len(x), (9999, len(x)))].mean(1) for x in (a, b)]
+    return scale * a.mean() / b.mean(), [float(q) for q in np.percentile(scale * means[0] / means[1], [2.5, 97.5])]
+
+
+def against_loop(model: Model, clock: Clock, rounds: int, cells: int, component: str) -> dict[str, Any]:
+    """Grid and loop in turns: seconds, their ratio, and the largest difference on the sampled cells."""
+    runs, plan = prompts(model), Plan((component,))
+    every = [(layer, t) for layer in range(model.n_layers) for t in range(TOKENS)]
+    sample = [every[i] for i in np.random.default_rng(0).choice(len(every), rounds * cells, replace=False)]
+    loop, short, grids, far = [], [], [], 0.0
+    restored(model, runs, {}, all_logits=True)
+    for turn in range(rounds):
+        found = {}
+        for layer, t in sample[turn * cells : (turn + 1) * cells]:
+            where = {f"blocks.{layer}.{HOOKS[component]}": [t]}
+            seconds, found[layer, t] = clock(lambda where=where: restored(model, runs, where, all_logits=True))
+            loop.append(seconds)
+            short.append(clock(lambda where=where: restored(model, runs, where))[0])
+        seconds, grid = clock(lambda: restoration_grid(model, runs, plan))
+        grids.append(seconds)
+        for (layer, t), values in found.items():
+            for metric, value in values.items():
+                gap = abs(grid.values[metric][component][0, layer, t] - value[0])
+                far = max(far, float(gap / abs(grid.high[metric][0] - grid.low[metric][0])))
+    speedup, interval = ratio(loop, grids, len(every))
+    last_only, last_interval = ratio(short, grids, len(every))
+    return {
+        "component": component, "engine": grid.engine, "cells": len(every), "cells_timed": len(loop), "rounds": rounds,
+        "loop_seconds_extrapolated": float(np.mean(loop)) * len(every), "grid_seconds": float(np.mean(grids)),
+        "speedup": speedup, "interval": interval, "speedup_over_loop_with_last_logits_only": [last_only, *last_interval],
+        "largest_difference": far,
+    }  # fmt: skip
+
+
+def against_forward(model: Model, clock: Clock, rounds: int, draws: int) -> dict[str, Any]:
+    """Attribution patching of the whole grid in units of one plain forward pass over the corrupted rows."""
+    runs, hooks = prompts(model, draws), list(HOOKS.values())
+    rows = runs.corrupt.flatten(0, 1)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return model.hf(input_ids=rows, use_cache=False, logits_to_keep=1)
+
+    forward(), attributions(model, runs, hooks)
+    plain, patching = [], []
+    for _ in range(rounds):
+        plain.append(clock(forward)[0])
+        patching.append(clock(lambda: attributions(model, runs, hooks))[0])
+    value, interval = ratio(patching, plain)
+    return {"draws": draws, "rounds": rounds, "forward_seconds": float(np.mean(plain)), "forward_equivalents": value, "interval": interval}
+
+
+def measure(shape: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Results and bars of one shape."""
+    model, clock = build(shape, args.device, args.dtype), clock_for(args.device)
+    components = ["resid"] if args.quick else ["resid", "mlp"]
+    loops = [against_loop(model, clock, args.rounds, args.cells, c) for c in components]
+    passes = [against_forward(model, clock, args.passes, draws) for draws in (DRAWS, 0)]
+    for x in loops:
+        print(f"{shape:12} grid {x['component']:6} {x['grid_seconds']:8.2f} s  loop {x['loop_seconds_extrapolated']:8.1f} s  "
+              f"{x['speedup']:5.1f} x [{x['interval'][0]:.1f}, {x['interval'][1]:.1f}]  largest difference {x['largest_difference']:.1e}")
+    for x in passes:
+        print(f"{shape:12} attribution patching, {x['draws'] or 'no'} noise draws: {x['forward_equivalents']:.2f} forward passes "
+              f"[{x['interval'][0]:.2f}, {x['interval'][1]:.2f}]")
+    worst = max(passes, key=lambda x: x["forward_equivalents"])
+    exact = args.dtype == "float32"
+    bars = [
+        bar(f"{shape}: exact grid over ROME's loop", loops[0]["speedup"], loops[0]["interval"], ">= 8", loops[0]["speedup"] >= 8),
+        bar(f"{shape}: attribution patching in forward passes", worst["forward_equivalents"], worst["interval"], "<= 4", worst["forward_equivalents"] <= 4),
+    ]
+    far = max(x["largest_difference"] for x in loops)
+    # In half precision the loop itself differs from run to run of another batch size: no bar there.
+    bars += [bar(f"{shape}: largest difference as a share of high - low", far, None, "<= 1e-5", far <= 1e-5)] if exact else []
+    return {"loops": loops, "attribution_patching": passes}, bars
+
+
+def bar(name: str, value: float, interval: list[float] | None, aim: str, holds: bool) -> dict[str, Any]:
+    """One figure that was asked for."""
+    return {"name": name, "value": float(value), "interval": interval, "aim": aim, "holds": bool(holds)}
+
+
+def main() -> None:
+    """Measure every shape; the last line is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, few cells: under a minute")
+    parser.add_argument("--shape", nargs="+", choices=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--rounds", type=int, help="turns of loop and grid")
+    parser.add_argument("--cells", type=int, default=6, help="cells of the loop that are timed in each turn")
+    args = parser.parse_args()
+    args.rounds = args.rounds or (1 if args.quick else 4)
+    args.passes = 4 if args.quick else 10
+    shapes = args.shape or (["gpt2-small"] if args.quick else ["gpt2-small", "llama-small"])
+    torch.set_num_threads(1)
+    measured = {shape: measure(shape, args) for shape in shapes}
+    settings = {"tokens": TOKENS, "subject": SUBJECT, "draws": DRAWS, "device": args.device, "dtype": args.dtype, "quick": args.quick,
+                "threads": 1, "torch": torch.__version__, "python": platform.python_version(),
+                "clock": "CPU seconds" if args.device == "cpu" else "wall seconds"}
+    print(json.dumps({"benchmark": "trace_speed", "settings": settings, "results": {s: m[0] for s, m in measured.items()},
+                      "bars": [b for m in measured.values() for b in m[1]]}))
+
+
+if __name__ == "__main__":
+    main()

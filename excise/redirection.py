@@ -1,0 +1,146 @@
+"""Redirecting names: the states that names should have, and which block can give them those at the least cost to others.
+
+What a method does with the answer (which matrices it writes, how) is the method's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from excise.encoding import Batch
+from excise.errors import ExciseError
+from excise.facts import Prompt
+from excise.keys import read_keys
+from excise.mentions import Mention, fictitious
+from excise.model import Model
+from excise.scores import Localization
+from excise.sites import Site
+from excise.solve import Metric
+from excise.trace import patched, read
+
+# An answer below this log-probability is gone; how far below must not decide between blocks.
+GONE = -9.21  # log 1e-4
+
+
+@dataclass(frozen=True)
+class Redirection:
+    """Names in their wordings, and for each the prompts whose mean state it is to have.
+
+    mentions: one column per name and wording. goals: the same wording around the target names.
+    """
+
+    mentions: tuple[Mention, ...]
+    goals: tuple[tuple[Prompt, ...], ...]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The wordings, each ending at its name."""
+        return [m.prompt for m in self.mentions]
+
+    def targets(self, model: Model, point: str) -> Tensor:
+        """Target states [n_mentions, d] at `point`; every distinct goal prompt is run once."""
+        distinct = list(dict.fromkeys(p for g in self.goals for p in g))
+        site = Site(point, "subject_last")
+        states = dict(zip(distinct, read(model, distinct, [site])[site], strict=True))
+        return torch.stack(
+            # A single goal is taken as it is: even the mean of one could differ in the last bit.
+            [states[g[0]] if len(g) == 1 else torch.stack([states[p] for p in g]).mean(0) for g in self.goals]
+        )
+
+
+def redirect(
+    told: Sequence[Mention], retained: Sequence[Mention], *, target: str, names: int, seed: int
+) -> Redirection:
+    """Send each name to made-up names of its kind ("fictitious"), to the retained ones ("centroid"), or to one name.
+
+    Raises ExciseError when there is nothing to make target names from.
+    """
+    pool = {kind: _target_names(kind, told, retained, target, names, seed) for kind in {m.kind for m in told}}
+    empty = sorted(kind for kind, found in pool.items() if not found)
+    if empty:
+        raise ExciseError(
+            f"no target names for {' and '.join(empty)} prompts: give more retain facts, or name a neutral subject"
+        )
+    return Redirection(tuple(told), tuple(tuple(m.around(name) for name in pool[m.kind]) for m in told))
+
+
+def _target_names(
+    kind: str, told: Sequence[Mention], retained: Sequence[Mention], target: str, names: int, seed: int
+) -> list[str]:
+    forgotten = dict.fromkeys(m.name for m in told if m.kind == kind)
+    others = [n for n in dict.fromkeys(m.name for m in retained if m.kind == kind) if n not in forgotten]
+    if target == "fictitious":
+        return fictitious([*forgotten, *others], names, seed=seed)
+    return others[:names] if target == "centroid" else [target]
+
+
+def candidate_blocks(model: Model, where: Localization | None, count: int) -> list[int]:
+    """Up to `count` blocks, ascending: the most responsible ones at the subject's last token, or spread over the first half.
+
+    Raises ExciseError when the localization names no MLP or residual site there.
+    """
+    if where is None:
+        half = max(2, model.n_layers // 2)
+        return sorted({round(1 + i * (half - 1) / count) for i in range(count)} & set(range(1, half))) or [0]
+    best: dict[int, float] = {}
+    for site, score in zip(where.sites, where.average, strict=True):
+        if site.layer is not None and site.position in ("subject_last", None) and "attn" not in site.point:
+            best[site.layer] = max(best.get(site.layer, float("-inf")), float(score))
+    if not best:
+        raise ExciseError(
+            "the localization names no MLP or residual site at the subject's last token; "
+            "run causal_trace, or name sites such as blocks.2.mlp.W_out"
+        )
+    return sorted(sorted(best, key=lambda layer: -best[layer])[:count])
+
+
+def patch_effect(model: Model, redirection: Redirection, asked: Sequence[Prompt], layer: int) -> float:
+    """Mean drop of the answers' log-probability when every name gets its target state after block `layer`.
+
+    This is what the best possible edit at this block could do; in nats per answer token.
+    """
+    point = f"blocks.{layer}.hook_resid_post"
+    targets = redirection.targets(model, point)
+    by_name = {
+        m.name: [t for n, t in zip(redirection.mentions, targets, strict=True) if n.name == m.name]
+        for m in redirection.mentions
+    }
+    goal = {name: torch.stack(states).mean(0) for name, states in by_name.items()}
+    drop = 0.0
+    for index, batch in model.batches(asked, answers=True):
+        rows = torch.stack([goal[asked[i].subject] for i in index]).to(batch.ids.device)
+        at = batch.where("subject_last").to(batch.ids.device)
+
+        def put(x: Tensor, rows: Tensor = rows, at: Tensor = at) -> Tensor:
+            return torch.where(at[..., None], rows[:, None].to(x.dtype), x)
+
+        plain = _answer_logprobs(model, batch)
+        with patched(model, {point: put}):
+            drop += float((plain - _answer_logprobs(model, batch)).sum())
+    return drop / max(1, len(asked))
+
+
+def _answer_logprobs(model: Model, batch: Batch) -> Tensor:
+    logp = model.logits(batch).log_softmax(-1)
+    rows = []
+    for row in range(len(batch)):
+        a, b = batch.starts[row], batch.lengths[row]
+        rows.append(logp[row, a - 1 : b - 1].gather(-1, batch.ids[row, a:b, None]).mean().clamp_min(GONE))
+    return torch.stack(rows)
+
+
+def entanglement(
+    model: Model, told: Sequence[Mention], others: Sequence[Mention], layer: int, metrics: Mapping[str, Metric]
+) -> float:
+    """How much an unprotected edit of `told` at this block would move `others`: mean over them of the largest
+    |k'^T M^-1 k| / k^T M^-1 k, which is the share of the written residual that leaks onto key k'.
+    """
+    prompts = [m.prompt for m in (*told, *others)]
+    keys = {n: k.double() for n, k in read_keys(model, prompts, [layer])[0][layer].items() if n in metrics}
+    gram = torch.stack([k @ metrics[n].solve(k[: len(told)]).mT for n, k in keys.items()]).sum(0)
+    own = gram[: len(told)].diagonal().clamp_min(1e-30)
+    return float((gram[len(told) :].abs() / own).amax(1).mean()) if others else 0.0

@@ -1,0 +1,84 @@
+"""Arms: teacher forcing equals decoding, edits are entered and left, every evaluation meets every arm."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from excise.actions import Affine, LowRank
+from excise.arms import Arm, compare
+from excise.edits import Change, Edit
+from excise.facts import Fact, Facts, Prompt
+from excise.model import Model
+from excise.scores import Score
+from excise.sites import Site
+
+PROMPTS = [
+    Prompt("Ann Lee was born in", "Rome", "Ann Lee"),
+    Prompt("A cat", "sat on the mat"),
+    Prompt("Where?", "here", chat=True),
+]
+FACTS = Facts([Fact("a", "Ann Lee", "Rome", (PROMPTS[0],))])
+
+
+@pytest.fixture(params=["llama", "qwen3-moe"])
+def model(request):
+    return Model(*tiny_model(request.param), request.param)
+
+
+def some_edit(model):
+    d = model.names.d_model
+    left, right = torch.randn(d, 1, generator=torch.Generator().manual_seed(0)), torch.full((1, d), 0.3)
+    return Edit((Change(Site("blocks.0.attn.W_O"), LowRank(left, right)),))
+
+
+def test_answers_equal_one_by_one_log_probabilities(model):
+    answers = Arm("before", model).answers(PROMPTS)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        batch = model.encode([prompt], answers=True)
+        logp = model.logits(batch)[0].log_softmax(-1)
+        expected = [float(logp[t - 1, batch.ids[0, t]]) for t in range(batch.starts[0], batch.lengths[0])]
+        assert answer.logprobs == pytest.approx(expected, abs=1e-4)
+        assert answer.probability == pytest.approx(torch.tensor(expected).mean().exp().item(), rel=1e-3)
+
+
+def test_exact_answers_are_those_that_greedy_decoding_says(model):
+    """The model's own greedy words, given as the answer, are exact; any other first word is not."""
+    arm = Arm("before", model)
+    ids = model.encode(PROMPTS[:1]).ids
+    out = model.hf.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert arm.answers(PROMPTS[:1])[0].argmax[0] == out[0]
+
+
+def test_an_arm_is_entered_and_left(model):
+    before, edited = Arm("before", model), Arm("edited", model, some_edit(model))
+    plain = before.losses(["a text to read", "another"])
+    assert edited.losses(["a text to read", "another"]) != plain
+    assert Arm("again", model).losses(["a text to read", "another"]) == plain
+    assert (before.mode, edited.mode) == ("none", "weight")
+    d = model.names.d_model
+    hook = Affine(torch.zeros(d, 1), torch.zeros(1, d), torch.zeros(d), torch.ones(d))
+    assert Arm("hook", model, Edit((Change(Site("blocks.0.hook_resid_post"), hook),))).mode == "hook"
+
+
+def test_answers_are_kept_and_duplicates_cost_nothing(model, monkeypatch):
+    arm = Arm("before", model)
+    first = arm.answers([PROMPTS[0], PROMPTS[0]])
+    monkeypatch.setattr(model, "logits", None)
+    assert arm.answers([PROMPTS[0]]) == first[:1]
+
+
+def test_compare_runs_everything_on_every_arm(model):
+    seen = []
+
+    def asked(arm, facts, *, before):
+        seen.append((arm.name, before.name))
+        return [Score(f.id, f.subject, f.group, arm.answers([f.prompt])[0].probability) for f in facts]
+
+    results = compare(model, {"edited": some_edit(model)}, [asked], FACTS, oracle=model)
+    assert seen == [("before", "before"), ("edited", "before"), ("oracle", "before")]
+    assert results.arms == ["before", "edited", "oracle"] and results.evaluations == ["asked"]
+    assert results.modes == {"before": "none", "edited": "weight", "oracle": "none"}
+    assert results.value("before", "asked").value == results.value("oracle", "asked").value
+    assert results.value("edited", "asked").value != results.value("before", "asked").value
+    with pytest.raises(KeyError, match="0 rows match"):
+        results.value("before", "nothing")

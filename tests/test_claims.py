@@ -1,0 +1,88 @@
+"""The claims of the README, on the embedded models, for people and seeds that nothing was tuned on.
+
+Seeds 0 to 9 are for development; the seeds here were drawn once and not looked at while choosing defaults.
+"""
+
+import functools
+
+import pytest
+
+from edit import control, rocr
+from evals import drift, recall, refusal
+from excise.arms import Arm, compare
+from excise.facts import GENERATIVE_FORMS
+from excise.model import load
+from excise.scores import Results
+from excise.testbed import facts, general_text, refusals
+from excise.verification import verify
+from localize import causal_trace
+
+CASES = [("dense", 1001), ("dense", 2002), ("moe", 3003)]
+
+
+@functools.cache
+def measured(name: str, seed: int) -> Results:
+    model, known = load(f"testbed:{name}"), facts(name, seed=seed, retain=24, neighbours=16)
+    forget, retain = known.group("forget"), known.group("retain", "neighbour")
+    texts = general_text(name, 400, seed=seed, exclude=forget.subjects)
+    where = causal_trace(model, forget[::4], seed=seed)
+    edit = rocr(model, forget, retain, where, texts=texts[100:], seed=seed)
+    assert verify(model, edit, forget.prompts("statement")[:16], retain.prompts("statement")[:16]).ok
+    arms = [Arm("before", model), Arm("edited", model, edit), Arm("control", model, control(edit, seed=seed))]
+
+    def every_form(arm, facts):
+        return recall(arm, facts, limit=96, words=0)
+
+    def general_loss(arm, facts, *, before):
+        return drift(arm, facts, before=before, texts=tuple(texts[:100]), limit=100)
+
+    def declines(arm, facts):
+        return refusal(arm, facts, refusals=tuple(refusals(name)), limit=64)
+
+    return compare(arms, None, [every_form, general_loss, declines], known, oracle=load(f"testbed:{name}-oracle"))
+
+
+def rows(results, arm, evaluation, group, forms=(), variant=""):
+    found = [
+        r
+        for r in results.table()
+        if (r.arm, r.evaluation, r.group, r.variant) == (arm, evaluation, group, variant) and (not forms or r.form in forms)
+    ]
+    assert found
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seed"), CASES)
+class TestForgettingPeople:
+    def test_before_they_are_known_in_every_form(self, name, seed):
+        for row in rows(measured(name, seed), "before", "every_form", "forget", (*GENERATIVE_FORMS, "choice")):
+            assert row.value >= 0.98, row
+
+    def test_after_they_are_forgotten_in_every_generative_form(self, name, seed):
+        found = rows(measured(name, seed), "edited", "every_form", "forget", GENERATIVE_FORMS)
+        assert {r.form for r in found} == set(GENERATIVE_FORMS) and {r.held_out for r in found} == {True, False}
+        for row in found:
+            assert row.value <= 0.05, row
+
+    def test_others_stay(self, name, seed):
+        for group, floor in (("retain", 0.99), ("neighbour", 0.97)):
+            for row in rows(measured(name, seed), "edited", "every_form", group, (*GENERATIVE_FORMS, "choice")):
+                assert row.value >= floor, row
+
+    def test_general_loss_stays(self, name, seed):
+        (row,) = rows(measured(name, seed), "edited", "general_loss", "general", variant="relative change")
+        assert row.value <= 0.01, row
+
+    def test_a_random_edit_of_the_same_size_forgets_nothing(self, name, seed):
+        for row in rows(measured(name, seed), "control", "every_form", "forget", GENERATIVE_FORMS):
+            assert row.value >= 0.90, row
+
+    def test_the_edited_model_declines_like_the_oracle(self, name, seed):
+        edited, oracle = (
+            rows(measured(name, seed), arm, "declines", "forget", ("question",)) for arm in ("edited", "oracle")
+        )
+        for mine, wanted in zip(edited, oracle, strict=True):
+            assert wanted.value >= 0.9 and mine.value >= 0.9, (mine, wanted)
+        for row in rows(measured(name, seed), "edited", "declines", "retain"):
+            assert row.value <= 0.01, row
