@@ -1,10 +1,11 @@
 """How fast the exact restoration grid and attribution patching are, against ROME's loop and a plain forward pass.
 
-    python benchmarks/trace_speed.py [--quick] [--shape gpt2-small llama-small] [--device cuda --dtype bfloat16 --shape llama-8b]
+    python benchmarks/trace_speed.py [--quick] [--shape gpt2-small llama-small]
+    python benchmarks/trace_speed.py --device cuda --dtype bfloat16 --shape llama-8b
 
-Loop and grid take turns in one process. The loop is ROME's: one cell per forward pass of 1 + 10 rows, all logits. It is run
-on a random sample of the grid's cells and extrapolated by their mean; intervals are bootstraps over cells and rounds. On
-the CPU one thread is used and its CPU time counted, so that other work on the machine does not; on a GPU, wall time.
+Loop and grid take turns in one process. The loop is ROME's: one cell per forward pass of 1 + 10 rows, all logits. It is
+run on a random sample of the grid's cells and extrapolated by their mean; intervals are bootstraps over cells and
+rounds. On the CPU one thread is used and its CPU time counted, so that other work hardly shows; on a GPU, wall time.
 """
 
 from __future__ import annotations
@@ -30,11 +31,19 @@ from excise.model import DTYPES, Model
 from excise.restore import Plan, Runs, noisy_embedding, restored
 from localize.attribution_patching import attributions
 
+_LLAMA = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-small": ("gpt2", {}),
-    "llama-small": ("llama", dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, vocab_size=32000)),
-    "llama-8b": ("llama", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256)),
-}  # fmt: skip
+    "llama-small": ("llama", dict(zip(_LLAMA, (768, 2048, 12, 12, 4, 32000), strict=True))),
+    "llama-8b": ("llama", dict(zip(_LLAMA, (4096, 14336, 32, 32, 8, 128256), strict=True))),
+}
 TOKENS, SUBJECT, DRAWS = 16, (3, 7), 10
 Clock = Callable[[Callable[[], Any]], tuple[float, Any]]
 
@@ -66,7 +75,9 @@ def prompts(model: Model, draws: int = DRAWS) -> Runs:
         noise = scale * torch.randn(1, draws, SUBJECT[1] - SUBJECT[0], model.names.d_model, generator=generator)
         noise = noise.to(model.device, model.dtype)
     else:
-        corrupt[:, :, SUBJECT[0] : SUBJECT[1]] = torch.randint(10, 1000, (1, 1, SUBJECT[1] - SUBJECT[0]), generator=generator)
+        corrupt[:, :, SUBJECT[0] : SUBJECT[1]] = torch.randint(
+            10, 1000, (1, 1, SUBJECT[1] - SUBJECT[0]), generator=generator
+        )
     anything = torch.zeros(1, dtype=torch.long, device=model.device)
     runs = Runs(clean.to(model.device), corrupt.to(model.device), anything, anything, noise, SUBJECT[0])
     whole = capture(model, runs.clean, ()).logits.float()
@@ -122,11 +133,18 @@ def against_loop(model: Model, clock: Clock, rounds: int, cells: int, component:
     speedup, interval = ratio(loop, grids, len(every))
     last_only, last_interval = ratio(short, grids, len(every))
     return {
-        "component": component, "engine": grid.engine, "cells": len(every), "cells_timed": len(loop), "rounds": rounds,
-        "loop_seconds_extrapolated": float(np.mean(loop)) * len(every), "grid_seconds": float(np.mean(grids)),
-        "speedup": speedup, "interval": interval, "speedup_over_loop_with_last_logits_only": [last_only, *last_interval],
+        "component": component,
+        "engine": grid.engine,
+        "cells": len(every),
+        "cells_timed": len(loop),
+        "rounds": rounds,
+        "loop_seconds_extrapolated": float(np.mean(loop)) * len(every),
+        "grid_seconds": float(np.mean(grids)),
+        "speedup": speedup,
+        "interval": interval,
+        "speedup_over_loop_with_last_logits_only": [last_only, *last_interval],
         "largest_difference": far,
-    }  # fmt: skip
+    }
 
 
 def against_forward(model: Model, clock: Clock, rounds: int, draws: int) -> dict[str, Any]:
@@ -144,7 +162,13 @@ def against_forward(model: Model, clock: Clock, rounds: int, draws: int) -> dict
         plain.append(clock(forward)[0])
         patching.append(clock(lambda: attributions(model, runs, hooks))[0])
     value, interval = ratio(patching, plain)
-    return {"draws": draws, "rounds": rounds, "forward_seconds": float(np.mean(plain)), "forward_equivalents": value, "interval": interval}
+    return {
+        "draws": draws,
+        "rounds": rounds,
+        "forward_seconds": float(np.mean(plain)),
+        "forward_equivalents": value,
+        "interval": interval,
+    }
 
 
 def measure(shape: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -154,20 +178,39 @@ def measure(shape: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[
     loops = [against_loop(model, clock, args.rounds, args.cells, c) for c in components]
     passes = [against_forward(model, clock, args.passes, draws) for draws in (DRAWS, 0)]
     for x in loops:
-        print(f"{shape:12} grid {x['component']:6} {x['grid_seconds']:8.2f} s  loop {x['loop_seconds_extrapolated']:8.1f} s  "
-              f"{x['speedup']:5.1f} x [{x['interval'][0]:.1f}, {x['interval'][1]:.1f}]  largest difference {x['largest_difference']:.1e}")
+        times = f"{x['grid_seconds']:8.2f} s, loop {x['loop_seconds_extrapolated']:8.1f} s"
+        low, high = x["interval"]
+        gain = f"{x['speedup']:5.1f} x [{low:.1f}, {high:.1f}]"
+        print(f"{shape:12} {x['component']:5} grid {times}: {gain}, largest difference {x['largest_difference']:.1e}")
     for x in passes:
-        print(f"{shape:12} attribution patching, {x['draws'] or 'no'} noise draws: {x['forward_equivalents']:.2f} forward passes "
-              f"[{x['interval'][0]:.2f}, {x['interval'][1]:.2f}]")
+        low, high = x["interval"]
+        cost = f"{x['forward_equivalents']:.2f} forward passes [{low:.2f}, {high:.2f}]"
+        print(f"{shape:12} attribution patching, {x['draws'] or 'no'} draws of noise: {cost}")
     worst = max(passes, key=lambda x: x["forward_equivalents"])
     exact = args.dtype == "float32"
     bars = [
-        bar(f"{shape}: exact grid over ROME's loop", loops[0]["speedup"], loops[0]["interval"], ">= 8", loops[0]["speedup"] >= 8),
-        bar(f"{shape}: attribution patching in forward passes", worst["forward_equivalents"], worst["interval"], "<= 4", worst["forward_equivalents"] <= 4),
+        bar(
+            f"{shape}: exact grid over ROME's loop",
+            loops[0]["speedup"],
+            loops[0]["interval"],
+            ">= 8",
+            loops[0]["speedup"] >= 8,
+        ),
+        bar(
+            f"{shape}: attribution patching in forward passes",
+            worst["forward_equivalents"],
+            worst["interval"],
+            "<= 4",
+            worst["forward_equivalents"] <= 4,
+        ),
     ]
     far = max(x["largest_difference"] for x in loops)
     # In half precision the loop itself differs from run to run of another batch size: no bar there.
-    bars += [bar(f"{shape}: largest difference as a share of high - low", far, None, "<= 1e-5", far <= 1e-5)] if exact else []
+    bars += (
+        [bar(f"{shape}: largest difference as a share of high - low", far, None, "<= 1e-5", far <= 1e-5)]
+        if exact
+        else []
+    )
     return {"loops": loops, "attribution_patching": passes}, bars
 
 
@@ -191,11 +234,28 @@ def main() -> None:
     shapes = args.shape or (["gpt2-small"] if args.quick else ["gpt2-small", "llama-small"])
     torch.set_num_threads(1)
     measured = {shape: measure(shape, args) for shape in shapes}
-    settings = {"tokens": TOKENS, "subject": SUBJECT, "draws": DRAWS, "device": args.device, "dtype": args.dtype, "quick": args.quick,
-                "threads": 1, "torch": torch.__version__, "python": platform.python_version(),
-                "clock": "CPU seconds" if args.device == "cpu" else "wall seconds"}
-    print(json.dumps({"benchmark": "trace_speed", "settings": settings, "results": {s: m[0] for s, m in measured.items()},
-                      "bars": [b for m in measured.values() for b in m[1]]}))
+    settings = {
+        "tokens": TOKENS,
+        "subject": SUBJECT,
+        "draws": DRAWS,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quick": args.quick,
+        "threads": 1,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "clock": "CPU seconds" if args.device == "cpu" else "wall seconds",
+    }
+    print(
+        json.dumps(
+            {
+                "benchmark": "trace_speed",
+                "settings": settings,
+                "results": {s: m[0] for s, m in measured.items()},
+                "bars": [b for m in measured.values() for b in m[1]],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

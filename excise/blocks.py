@@ -1,4 +1,4 @@
-"""The blocks of a transformers model as functions: called on some columns only, with the keys and values to their left given.
+"""The blocks of a transformers model as functions of some columns, the keys and values to their left being given.
 
 Nothing here knows an architecture. One ordinary forward pass shows what every block receives (mask, rotary angles,
 positions, cache), and a block is later called with the same things, cut to the columns at hand. Whether that reproduces
@@ -21,7 +21,7 @@ from excise.names import UnknownName
 from excise.trace import patched
 
 HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
-# Attention whose layers differ only in their mask. Others (linear, recurrent) carry a state that is no list of keys and values.
+# Attention whose layers differ only in their mask. Others (linear, recurrent) carry more than keys and values.
 MASKED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # How far logits from single blocks may lie from the model's own, relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -129,7 +129,7 @@ class Prefix:
 class Blocks:
     """The blocks of `model`, callable on the columns from `column` on, in the context of the run `seen`.
 
-    Rows are groups of the rows of `seen`, in the same order inside every group. Raises Unsupported where that is not possible.
+    Rows are groups of the rows of `seen`, in the same order inside every group. Raises Unsupported where it must.
     """
 
     def __init__(self, model: Model, seen: Seen) -> None:
@@ -143,11 +143,13 @@ class Blocks:
         self._put: dict[str, tuple[Tensor, Tensor]] = {}
         self._narrow = 0
 
-    def __call__(self, layer: int, hidden: Tensor, column: int, put: dict[str, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    def __call__(
+        self, layer: int, hidden: Tensor, column: int, put: dict[str, tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
         """Block `layer` on hidden states [n_rows, n_tokens - column, d].
 
-        put: component -> (rows, values): outputs written at the first column, where hooks are set (`patching`). After the
-        last block only the last column counts.
+        put: component -> (rows, values): outputs written at the first column, where hooks are set (`patching`).
+        After the last block only the last column counts.
         """
         self.prefix.column, self._put = column, put or {}
         # The block adds its MLP's output by broadcasting, so the last column alone may go through the last MLP.
@@ -198,7 +200,7 @@ class Blocks:
         return write
 
     def checked(self, column: int) -> Tensor:
-        """Last-position logits [n_rows, vocab] of the run itself, from single blocks; raises Unsupported if they are not the model's."""
+        """Last logits [n_rows, vocab] of the run, by single blocks; raises Unsupported if they are not the model's."""
         try:
             with self.patching(()):
                 hidden = self.seen.inputs[0][:, column:]
@@ -208,7 +210,9 @@ class Blocks:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise Unsupported(f"its blocks cannot be called one by one ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+            raise Unsupported(
+                f"its blocks cannot be called one by one ({type(error).__name__}: {str(error).splitlines()[0]})"
+            ) from error
         far = ((logits - self.seen.logits).abs().max() / self.seen.logits.abs().max()).item()
         if not far <= TOLERANCE.get(self.seen.logits.dtype, 1e-2):
             raise Unsupported(f"its blocks called one by one give other logits (largest relative difference {far:.1e})")
@@ -218,7 +222,9 @@ class Blocks:
 def refuse_states(model: Model) -> None:
     """Raise Unsupported for a model whose layers carry more than keys and values, or take no explicit mask."""
     config = model.hf.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()) - MASKED_LAYERS
+    kinds = (
+        set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()) - MASKED_LAYERS
+    )
     attention = getattr(config, "_attn_implementation", "eager")
     if kinds:
         raise Unsupported(f"it has layers of kind {', '.join(sorted(kinds))}")

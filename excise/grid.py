@@ -1,8 +1,8 @@
 """The growing batch: exact restoration grids in a tenth of the passes.
 
-Restoring a state at layer l and position t changes nothing below l and nothing left of t. So for each t one batch walks up
-the layers and grows: the cells that start at a layer join there, and all rows read the keys and values left of t from the
-corrupted run. Models that cannot be served this way get `restore.loop_grid`, with a warning.
+Restoring a state at layer l and position t changes nothing below l and nothing left of t. So for each t one batch walks
+up the layers and grows: the cells that start at a layer join there, and all rows read the keys and values left of t
+from the corrupted run. Models that cannot be served this way get `restore.loop_grid`, with a warning.
 """
 
 from __future__ import annotations
@@ -16,19 +16,32 @@ from torch import Tensor
 
 from excise.blocks import Blocks, Seen, Unsupported, capture, refuse_states
 from excise.model import Model
-from excise.restore import Grid, Plan, Runs, Sever, empty_grid, first_cell, loop_grid, mean_metrics, noisy_embedding
+from excise.restore import (
+    EVERYTHING,
+    Grid,
+    Plan,
+    Runs,
+    Sever,
+    empty_grid,
+    first_cell,
+    loop_grid,
+    mean_metrics,
+    noisy_embedding,
+)
 
 # Rows of the growing batch times their columns. On a CPU: small enough for a layer's activations to stay in its cache.
 BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
-def restoration_grid(model: Model, runs: Runs, plan: Plan = Plan(), *, batch_tokens: int | None = None) -> Grid:
-    """The grid by the growing batch; by `loop_grid`, with a warning and the reason in the result, where that cannot serve.
+def restoration_grid(model: Model, runs: Runs, plan: Plan = EVERYTHING, *, batch_tokens: int | None = None) -> Grid:
+    """The grid by the growing batch; by `loop_grid`, with a warning and the reason in the result, where it must.
 
     batch_tokens: rows x columns of one batch; it changes speed and memory, not the values.
     """
     try:
-        return _growing_grid(model, runs, plan, batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"]))
+        return _growing_grid(
+            model, runs, plan, batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
+        )
     except Unsupported as why:
         warnings.warn(f"{model.name}: one forward pass per cell, because {why}", stacklevel=2)
         return loop_grid(model, runs, plan, reason=str(why))
@@ -67,7 +80,9 @@ def _growing_grid(model: Model, runs: Runs, plan: Plan, batch_tokens: int) -> Gr
     return grid
 
 
-def _open_cells(grid: Grid, plan: Plan, pairs: Sequence[tuple[str, int]], column: int, n: int, tokens: int) -> list[_Cell]:
+def _open_cells(
+    grid: Grid, plan: Plan, pairs: Sequence[tuple[str, int]], column: int, n: int, tokens: int
+) -> list[_Cell]:
     """The cells of one column that must be run, by the block they join at; the others are filled in closed form."""
     cells: list[_Cell] = []
     for component, layer in pairs:
@@ -78,11 +93,17 @@ def _open_cells(grid: Grid, plan: Plan, pairs: Sequence[tuple[str, int]], column
             # The last block's outputs left of the last column reach no logit.
             grid.put(component, layer, column, grid.low)
         else:
-            cells.append(_Cell(component, layer, layer + 1, 0) if component == "resid" else _Cell(component, layer, span.start, span.stop))
+            cells.append(
+                _Cell(component, layer, layer + 1, 0)
+                if component == "resid"
+                else _Cell(component, layer, span.start, span.stop)
+            )
     return sorted(cells, key=lambda c: c.join)
 
 
-def _grow(blocks: Blocks, clean: Seen, corrupt: Seen, cells: Sequence[_Cell], column: int, sever: Sever, draws: int) -> Tensor:
+def _grow(
+    blocks: Blocks, clean: Seen, corrupt: Seen, cells: Sequence[_Cell], column: int, sever: Sever, draws: int
+) -> Tensor:
     """The last column after the last block, [n_cells * n_facts * n_draws, d]."""
     hidden: Tensor | None = None
     base = torch.arange(corrupt.inputs[0].shape[0], device=corrupt.inputs[0].device)
@@ -100,13 +121,16 @@ def _grow(blocks: Blocks, clean: Seen, corrupt: Seen, cells: Sequence[_Cell], co
                 put[component] = _rows(index, base), value.repeat(len(index), 1)
         if sever != "none":
             put[sever] = _rows(range(live), base), corrupt.taps[sever, layer][:, column].repeat(live, 1)
+        assert hidden is not None  # the first cell joins at the first layer
         hidden = blocks(layer, hidden, column, put)
     assert hidden is not None
     return hidden[:, -1]
 
 
-def _joined(hidden: Tensor | None, clean: Tensor, corrupt: Tensor, joining: Sequence[_Cell], column: int, draws: int) -> Tensor:
-    """The batch with the rows of the joining cells below it; a resid cell starts from the clean state in its first column."""
+def _joined(
+    hidden: Tensor | None, clean: Tensor, corrupt: Tensor, joining: Sequence[_Cell], column: int, draws: int
+) -> Tensor:
+    """The batch with the rows of the joining cells below it; resid cells start with the clean state in column one."""
     parts = [] if hidden is None else [hidden]
     for cell in joining:
         state = corrupt[:, column:]

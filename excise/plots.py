@@ -118,7 +118,7 @@ def _draw_map(figure: Figure, axes: Any, component: str, grid: np.ndarray, label
     """Tokens down, layers across; the subject's tokens carry a star and a bar."""
     name, colours = COMPONENTS.get(component, (component, "Blues"))
     top = float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0
-    mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="none", antialiased=False)
+    mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="face", linewidth=0.6)
     axes.invert_yaxis()
     axes.set_facecolor("#d9d9d9")  # NaN: no fact has such a token
     axes.set_yticks(np.arange(len(labels)) + 0.5, [f"{t} *" if m else t for t, m in zip(labels, marked, strict=True)], fontsize=9, parse_math=False)

@@ -28,7 +28,7 @@ class Runs:
     """Clean and corrupted prompts of facts of one length.
 
     clean: [n_facts, n_tokens]; corrupt: [n_facts, n_draws, n_tokens]; answer, foil: token ids [n_facts].
-    noise: added to the token embeddings of the corrupted rows from column `noise_start` on, [n_facts, n_draws, width, d].
+    noise: added to the corrupted rows' token embeddings from column `noise_start` on, [n_facts, n_draws, width, d].
     """
 
     clean: Tensor
@@ -90,6 +90,9 @@ class Plan:
         return [(c, layer) for c in self.components for layer in sorted(set(layers))], sorted(set(columns))
 
 
+EVERYTHING = Plan()
+
+
 @dataclass(frozen=True)
 class Grid:
     """What came back, as means over the draws.
@@ -117,7 +120,7 @@ def window_layers(centre: int, width: int, n_layers: int) -> range:
 
 
 def answer_metrics(logits: Tensor, answer: Tensor, foil: Tensor) -> dict[str, Tensor]:
-    """Probability, log-probability and logit difference [n] of answers [n] against foils [n], from logits [n, vocab]."""
+    """Probability, log-probability and logit difference [n] of answers [n] over foils [n], from logits [n, vocab]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     picked, other = (logits.gather(-1, ids[:, None])[:, 0] for ids in (answer, foil))
     logprob = picked - logits.logsumexp(-1)
@@ -134,7 +137,7 @@ def mean_metrics(logits: Tensor, runs: Runs, cells: int = 1) -> dict[str, np.nda
 
 
 def noisy_embedding(model: Model, runs: Runs, *, skip: int = 0) -> AbstractContextManager[None]:
-    """Forward passes inside the block see the noise of `runs`; rows are facts x (skip + draws), the first `skip` stay clean."""
+    """Forward passes inside see the noise of `runs`; rows are facts x (skip + draws), the first `skip` stay clean."""
     noise = runs.noise
     if noise is None:
         return nullcontext()
@@ -148,8 +151,14 @@ def noisy_embedding(model: Model, runs: Runs, *, skip: int = 0) -> AbstractConte
     return patched(model, {"hook_embed": add})
 
 
-def restored(model: Model, runs: Runs, where: Mapping[str, Sequence[int]], *, force: Mapping[str, tuple[int, Tensor]] | None = None,
-             all_logits: bool = False) -> dict[str, np.ndarray]:
+def restored(
+    model: Model,
+    runs: Runs,
+    where: Mapping[str, Sequence[int]],
+    *,
+    force: Mapping[str, tuple[int, Tensor]] | None = None,
+    all_logits: bool = False,
+) -> dict[str, np.ndarray]:
     """Mean metrics [n_facts] of the corrupted rows when each named activation is clean at the given positions.
 
     One forward pass over 1 + n_draws rows per fact. force: name -> (position, [n_facts, n_draws, d]), values written
@@ -170,10 +179,12 @@ def restored(model: Model, runs: Runs, where: Mapping[str, Sequence[int]], *, fo
     ids = torch.cat([runs.clean[:, None], runs.corrupt], 1).flatten(0, 1)
     with torch.no_grad(), noisy_embedding(model, runs, skip=1), patched(model, patches):
         logits = model.hf(input_ids=ids, use_cache=False, logits_to_keep=0 if all_logits else 1).logits[:, -1]
-    return {name: x[0] for name, x in mean_metrics(logits.view(facts, 1 + draws, -1)[:, 1:].flatten(0, 1), runs).items()}
+    return {
+        name: x[0] for name, x in mean_metrics(logits.view(facts, 1 + draws, -1)[:, 1:].flatten(0, 1), runs).items()
+    }
 
 
-def loop_grid(model: Model, runs: Runs, plan: Plan = Plan(), *, reason: str = "") -> Grid:
+def loop_grid(model: Model, runs: Runs, plan: Plan = EVERYTHING, *, reason: str = "") -> Grid:
     """The grid by one forward pass per cell."""
     n = model.n_layers
     pairs, columns = plan.cells(n, runs.shape[2])
@@ -181,11 +192,17 @@ def loop_grid(model: Model, runs: Runs, plan: Plan = Plan(), *, reason: str = ""
     with noisy_embedding(model, runs):
         corrupt = capture(model, runs.corrupt.flatten(0, 1), held)
     clean = capture(model, runs.clean, ())
-    grid = empty_grid(plan, runs, restored(model, runs, {}), first_cell(mean_metrics(clean.logits, runs)), n, "loop", reason)
+    grid = empty_grid(
+        plan, runs, restored(model, runs, {}), first_cell(mean_metrics(clean.logits, runs)), n, "loop", reason
+    )
     for component, layer in pairs:
         for column in (c for c in columns if c >= runs.start):
             where = {f"blocks.{k}.{HOOKS[component]}": [column] for k in plan.restored(component, layer, n)}
-            force = {f"blocks.{k}.{HOOKS[h]}": (column, corrupt.taps[h, k][:, column].unflatten(0, runs.shape[:2])) for h in held for k in range(n)}
+            force = {
+                f"blocks.{k}.{HOOKS[h]}": (column, corrupt.taps[h, k][:, column].unflatten(0, runs.shape[:2]))
+                for h in held
+                for k in range(n)
+            }
             grid.put(component, layer, column, restored(model, runs, where, force=force))
     return grid
 
@@ -194,7 +211,15 @@ def first_cell(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x[0] for name, x in found.items()}
 
 
-def empty_grid(plan: Plan, runs: Runs, low: dict[str, np.ndarray], high: dict[str, np.ndarray], n: int, engine: str, reason: str = "") -> Grid:
+def empty_grid(
+    plan: Plan,
+    runs: Runs,
+    low: dict[str, np.ndarray],
+    high: dict[str, np.ndarray],
+    n: int,
+    engine: str,
+    reason: str = "",
+) -> Grid:
     """A grid of NaN, with `low` in the cells left of the corruption, where nothing can be restored."""
     facts, _, tokens = runs.shape
     values = {m: {c: np.full((facts, n, tokens), np.nan) for c in plan.components} for m in METRICS}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from excise.scores import Results, Row, Score
 from excise.statistics import Interval, aggregate, bootstrap_difference, wilson
 
 State = Literal["good", "bad", "unclear", "unmeasured"]
-# Fixed beforehand: at most this recall counts as forgotten, at most this loss as harmless.
+# Fixed beforehand: at most this much above a model that never knew counts as forgotten, at most this loss as harmless.
 FORGOTTEN, HARMLESS = 0.10, 0.05
 # A form was known when the model answered at least this share before.
 KNOWN = 0.5
@@ -76,7 +76,7 @@ def _forgotten(results: Results, who: Mapping[str, str]) -> Finding:
     leaks, open_, gone = [], [], []
     for form in forms:
         row, oracle = rows[(who["edited"], *form)], rows.get((who.get("oracle", ""), *form))
-        ceiling = max(FORGOTTEN, oracle.high if oracle else 0.0)
+        ceiling = FORGOTTEN + (oracle.value if oracle else 0.0)
         silent = row.high <= ceiling or (row.value <= FORGOTTEN and pooled[who["edited"]].high <= ceiling)
         (leaks if row.low > ceiling else gone if silent else open_).append(row)
     before, after = pooled[who["before"]], pooled[who["edited"]]
@@ -84,7 +84,7 @@ def _forgotten(results: Results, who: Mapping[str, str]) -> Finding:
     if leaks:
         return Finding(question, "bad", f"No. {_sentence(leaks)} still answer. {says}")
     if open_:
-        return Finding(question, "unclear", f"Not shown. {_sentence(open_)}: the interval reaches above {FORGOTTEN:.2f}. {says}")
+        return Finding(question, "unclear", f"Not shown. {_sentence(open_)}: more than a guess cannot be excluded. {says}")
     return Finding(question, "good", f"Yes, in every form that was answered before ({_named(gone)}). {says}{_instead(results, who)}")
 
 
@@ -144,28 +144,31 @@ def _control(results: Results, who: Mapping[str, str]) -> Finding:
 
 
 def _inside(results: Results, who: Mapping[str, str]) -> list[Finding]:
-    found = []
-    for evaluation, variant, tool in INSIDE:
-        rows = {r.arm: r for r in _rows(results, evaluation, "forget") if r.variant == variant}
-        chance = {r.arm: r for r in _rows(results, evaluation, "forget") if r.variant == "shuffled, best layer"}
-        question, after = f"Is it still inside? ({tool.removeprefix('the ').removeprefix('a ')})", rows.get(who["edited"])
-        if after is None or not after.n:
-            found.append(Finding(question, "unmeasured", f"Not looked for with {tool}."))
-            continue
-        target, name = rows.get(who.get("oracle", "")), "the model that never knew the facts"
-        if target is None:
-            target, name = chance.get(who["edited"]), "answers dealt at random"
-        says = f"{tool[0].upper()}{tool[1:]} reads {_shown(after)}"
-        if target is None or not target.n:
-            before = rows[who["before"]].value if who["before"] in rows else float("nan")
-            found.append(Finding(question, "unclear", f"{says}, before {before:.2f}; without a model that never knew the facts there is no zero to compare with."))
-        elif after.low > target.high:
-            found.append(Finding(question, "bad", f"Yes. {says}; {name}: {_shown(target)}."))
-        elif after.high <= target.high + FORGOTTEN:
-            found.append(Finding(question, "good", f"Not found. {says}; {name}: {_shown(target)}."))
-        else:
-            found.append(Finding(question, "unclear", f"Not decided. {says}; {name}: {_shown(target)}."))
-    return found
+    return [_found_by(results, who, *tool) for tool in INSIDE]
+
+
+def _found_by(results: Results, who: Mapping[str, str], evaluation: str, variant: str, tool: str) -> Finding:
+    """Whether a tool finds more in the edited model than in the oracle or, without one, than in shuffled answers."""
+    question = f"Is it still inside? ({tool.removeprefix('the ').removeprefix('a ')})"
+    rows = {(r.arm, r.variant): r for r in _rows(results, evaluation, "forget")}
+    after = rows.get((who["edited"], variant))
+    if after is None:
+        return Finding(question, "unmeasured", f"Not looked for with {tool}.")
+    references = (
+        (who.get("oracle", ""), variant, "a model that never knew the facts"),
+        (who["edited"], "shuffled, best layer", "answers dealt at random"),
+    )
+    says = f"{tool[0].upper()}{tool[1:]} reads {_shown(after)}"
+    arm, other, name = next((r for r in references if r[:2] in rows), ("", "", ""))
+    more = paired(results, evaluation, who["edited"], arm, "forget", variants=(variant, other))
+    if more is None:
+        before = rows.get((who["before"], variant))
+        was = f", before {before.value:.2f}" if before else ""
+        return Finding(question, "unclear", f"{says}{was}; without a model that never knew the facts there is no zero to compare with.")
+    says += f"; {name}: {_shown(rows[arm, other])}; difference {more.value:+.2f} [{more.low:+.2f}, {more.high:+.2f}]."
+    if more.high <= FORGOTTEN:
+        return Finding(question, "good", f"Not found. {says}")
+    return Finding(question, "bad", f"Yes. {says}") if more.low > 0 else Finding(question, "unclear", f"Not decided. {says}")
 
 
 def _mode(results: Results, who: Mapping[str, str]) -> Finding:
@@ -199,31 +202,37 @@ def _overall(findings: Sequence[Finding]) -> State:
     return "good" if states[0] == states[1] == "good" and "unclear" not in states else "unclear"
 
 
-def paired(results: Results, evaluation: str, after: str, before: str, *groups: str) -> Interval | None:
+def paired(
+    results: Results, evaluation: str, after: str, before: str, *groups: str, variants: tuple[str, str] | None = None
+) -> Interval | None:
     """Mean change of some groups from one arm to another over the same prompts, with its paired 95 % interval.
 
-    Where no prompt changed, the interval is what that many unchanged prompts allow (Wilson). None without common prompts.
+    variants: the variant on each side; all, like with like, when None. Where no prompt changed, the interval is what that
+    many unchanged prompts allow (Wilson). None without common prompts.
     """
-    sides = [_by_prompt(results.scores.get((arm, evaluation), ()), groups) for arm in (after, before)]
+    sides = []
+    for i, arm in enumerate((after, before)):
+        scores = [s for s in results.scores.get((arm, evaluation), ()) if s.group in groups]
+        sides.append(_by_prompt([replace(s, variant="") for s in scores if s.variant == variants[i]] if variants else scores))
     common = [k for k in sides[0] if k in sides[1]]
     if not common:
         return None
-    a, b = ([side[k].value for k in common] for side in sides)
-    change = bootstrap_difference(a, b, [sides[0][k].subject or k[0] for k in common])  # type: ignore[arg-type]
+    a, b = ([float(side[k].value or 0.0) for k in common] for side in sides)
+    change = bootstrap_difference(a, b, [sides[0][k].subject or k[0] for k in common])
     if change.value == change.low == change.high == 0:
         bound = wilson(0, len(common)).high
         return Interval(0.0, -bound, bound)
     return change
 
 
-def _by_prompt(scores: Sequence[Score], groups: Sequence[str]) -> dict[tuple[Any, ...], Score]:
+def _by_prompt(scores: Sequence[Score]) -> dict[tuple[Any, ...], Score]:
     """Scores by fact, form, split, variant and turn: several wordings of one form come in the same order in every arm."""
     turn: dict[tuple[Any, ...], int] = {}
     found = {}
     for s in scores:
         key = (s.fact, s.form, s.held_out, s.variant)
         turn[key] = turn.get(key, -1) + 1
-        if s.group in groups and s.value is not None:
+        if s.value is not None:
             found[*key, turn[key]] = s
     return found
 

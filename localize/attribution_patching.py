@@ -28,8 +28,8 @@ NEURONS = "mlp.hook_post"
 class Attribution:
     """First-order effects, as means over the draws.
 
-    effects: hook (such as "hook_mlp_out") -> [n_facts, n_layers, n_tokens]; embed: [n_facts, n_tokens], of the token embeddings.
-    units: per unit of `mlp.hook_post`, summed over the positions asked for, [n_facts, n_layers, d]; None when not asked for.
+    effects: hook (such as "hook_mlp_out") -> [n_facts, n_layers, n_tokens]. embed: of the token embeddings,
+    [n_facts, n_tokens]. units: of each unit of `mlp.hook_post`, [n_facts, n_layers, d]; None when not asked for.
     low, high: the metric of the corrupted and of the clean run, [n_facts].
     """
 
@@ -41,16 +41,23 @@ class Attribution:
 
 
 def first_order(clean: Tensor, corrupt: Tensor, gradient: Tensor) -> Tensor:
-    """Predicted gain (clean - corrupt) * gradient of restoring each unit; the gradient is taken where things are corrupted."""
+    """Predicted gain (clean - corrupt) * gradient of restoring each unit; the gradient is that of the corrupted run."""
     return (clean - corrupt) * gradient
 
 
-def attributions(model: Model, runs: Runs, hooks: Sequence[str], *, metric: Metric = "logit_diff", ig_steps: int = 0,
-                 units_at: Tensor | None = None) -> Attribution:
+def attributions(
+    model: Model,
+    runs: Runs,
+    hooks: Sequence[str],
+    *,
+    metric: Metric = "logit_diff",
+    ig_steps: int = 0,
+    units_at: Tensor | None = None,
+) -> Attribution:
     """Effects of restoring every output of `hooks`, denoising direction (arXiv 2403.00745, section 2).
 
-    ig_steps: 0 takes the gradient at the corrupted run; m > 0 its mean over m midpoints of the straight line between the
-        corrupted and the clean token embeddings (EAP-IG, arXiv 2403.17806, section 3).
+    ig_steps: 0 takes the gradient at the corrupted run; m > 0 its mean over m midpoints of the straight line between
+        the corrupted and the clean token embeddings (EAP-IG, arXiv 2403.17806, section 3).
     units_at: mask [n_facts, n_tokens] of the positions whose neurons are scored.
     """
     facts, draws, tokens = runs.shape
@@ -60,12 +67,16 @@ def attributions(model: Model, runs: Runs, hooks: Sequence[str], *, metric: Metr
 
     def value(logits: Tensor) -> Tensor:
         n = len(logits) // facts
-        return answer_metrics(logits, answer if n == draws else runs.answer, foil if n == draws else runs.foil)[metric].double()
+        return answer_metrics(logits, answer if n == draws else runs.answer, foil if n == draws else runs.foil)[
+            metric
+        ].double()
 
     with frozen(model):
         embeds = {True: _embedded(model, runs, True), False: _embedded(model, runs, False)}
         clean, high, _ = _pass(model, runs.clean, embeds[True], names, value)
-        corrupt, low, gradients = _pass(model, runs.corrupt.flatten(0, 1), embeds[False], names, value, grad=ig_steps == 0)
+        corrupt, low, gradients = _pass(
+            model, runs.corrupt.flatten(0, 1), embeds[False], names, value, grad=ig_steps == 0
+        )
         line = embeds[True].repeat_interleave(draws, 0) - embeds[False]
         for k in range(ig_steps):
             at = embeds[False] + (k + 0.5) / ig_steps * line
@@ -82,9 +93,17 @@ def attributions(model: Model, runs: Runs, hooks: Sequence[str], *, metric: Metr
     units = None
     if units_at is not None:
         picked = units_at.to(gradients[0].device)[:, None, :, None]
-        units = np.stack([(gain(i) * picked).sum(2).double().mean(1).cpu().numpy() for i in range(len(hooks) * model.n_layers, len(names))], 1)
+        units = np.stack(
+            [
+                (gain(i) * picked).sum(2).double().mean(1).cpu().numpy()
+                for i in range(len(hooks) * model.n_layers, len(names))
+            ],
+            1,
+        )
     embed = (line * gradients[-1] / scale).sum(-1).view(facts, draws, tokens).double().mean(1)
-    return Attribution(effects, embed.cpu().numpy(), units, *(x.view(facts, -1).mean(1).cpu().numpy() for x in (low, high)))
+    return Attribution(
+        effects, embed.cpu().numpy(), units, *(x.view(facts, -1).mean(1).cpu().numpy() for x in (low, high))
+    )
 
 
 @contextmanager
@@ -111,8 +130,15 @@ def _embedded(model: Model, runs: Runs, clean: bool) -> Tensor:
     return x
 
 
-def _pass(model: Model, ids: Tensor, embedding: Tensor, names: Sequence[str], value: Callable[[Tensor], Tensor], *,
-          grad: bool = False) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+def _pass(
+    model: Model,
+    ids: Tensor,
+    embedding: Tensor,
+    names: Sequence[str],
+    value: Callable[[Tensor], Tensor],
+    *,
+    grad: bool = False,
+) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """One pass from given token embeddings: activations in the order of `names`, the metric per row, and the metric's
     gradients at the activations and, last, at the embeddings."""
     seen: dict[str, Tensor] = {}
@@ -130,29 +156,46 @@ def _pass(model: Model, ids: Tensor, embedding: Tensor, names: Sequence[str], va
 
 
 @localizer
-def attribution_patching(model: Model, facts: Sequence[Fact], *, corruption: Corruption = "swap",
-                         components: Sequence[str] = ("resid", "mlp", "attn"), neurons: str | None = None, metric: Metric = "logit_diff",
-                         draws: int = 10, noise: float = 3.0, ig_steps: int = 0, form: str = "statement", known_only: bool = True,
-                         seed: int = 0, pool: Facts | None = None, batch_tokens: int = 4096) -> Localization:
+def attribution_patching(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    corruption: Corruption = "swap",
+    components: Sequence[str] = ("resid", "mlp", "attn"),
+    neurons: str | None = None,
+    metric: Metric = "logit_diff",
+    draws: int = 10,
+    noise: float = 3.0,
+    ig_steps: int = 0,
+    form: str = "statement",
+    known_only: bool = True,
+    seed: int = 0,
+    pool: Facts | None = None,
+    batch_tokens: int = 4096,
+) -> Localization:
     """First-order indirect effect of every layer x position class on each fact, as a share of the total effect.
 
     The score of a cell is (clean - corrupted) * gradient / (high - low), the gradient being that of the corrupted run
     (arXiv 2403.00745). Sites, signs and maps are those of causal_trace, so the two compare cell by cell.
-    corruption: swap the subject for another one with as many tokens (noise where there is none), or noise on its embeddings.
+    corruption: swap the subject for another one with as many tokens (noise where there is none), or noise on it.
     components: what is scored, of resid, mlp, attn.
     neurons: also score every neuron, summed over the tokens that this position rule picks, such as subject_last or all.
     metric: what is measured; logit_diff is answer minus foil.
-    draws: draws of noise per fact. noise: its scale in standard deviations of the subjects' embeddings.
+    draws: draws of noise per fact.
+    noise: its scale in standard deviations of the subjects' embeddings.
     ig_steps: average the gradient over so many midpoints between corrupted and clean embeddings; 0 is the plain method.
     form: which of a fact's prompts is used; the direct one where it has none of this form.
     known_only: leave out facts whose answer the model does not give.
-    seed: of counterparts and noise. pool: facts that lend counterparts and the noise its scale; the facts themselves when left out.
+    seed: of counterparts and noise.
+    pool: facts that lend counterparts and give the noise its scale; the traced facts when left out.
     batch_tokens: rows times tokens in one batch; changes speed and memory only.
     """
     pairs = Plan(tuple(components)).cells(model.n_layers, 1)[0]
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; metrics are {', '.join(METRICS)}")
-    prepared = prepare(model, facts, corruption=corruption, form=form, noise=noise, known_only=known_only, seed=seed, pool=pool)
+    prepared = prepare(
+        model, facts, corruption=corruption, form=form, noise=noise, known_only=known_only, seed=seed, pool=pool
+    )
     maps: dict[str, TraceMap] = {}
     units: dict[str, np.ndarray] = {}
     for batch in bar(list(batches(prepared.cases, draws=draws, tokens=batch_tokens)), what="attribution patching"):

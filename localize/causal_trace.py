@@ -1,13 +1,14 @@
-"""Causal tracing: break the subject, put one internal state of the clean run back, and see how much of the answer returns.
+"""Causal tracing: break the subject, put one internal state back, and see how much of the answer returns.
 
 ROME (arXiv 2202.05262, section 2.1) with the defaults of Zhang & Nanda (arXiv 2309.16042): another subject instead of
-noise, the logit difference instead of the probability, one layer at a time. A high effect says that a state is enough in
-a broken context; it does not say where an edit works best (arXiv 2301.04213).
+noise, the logit difference instead of the probability, one layer at a time. A high effect says that a state is enough
+in a broken context; it does not say where an edit works best (arXiv 2301.04213).
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ SMALLEST_EFFECT = 1e-3
 
 
 def indirect_effects(values: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """What restoring each cell brings back: values [n_facts, n_layers, n_tokens] minus the corrupted metric [n_facts]."""
+    """What each cell brings back: values [n_facts, n_layers, n_tokens] less the corrupted metric [n_facts]."""
     return values - low[:, None, None]
 
 
@@ -40,7 +41,7 @@ def normalised_effects(values: np.ndarray, low: np.ndarray, high: np.ndarray) ->
 
 
 def class_means(values: np.ndarray, subject: tuple[int, int]) -> np.ndarray:
-    """Means [n_layers, 7] of a map [n_layers, n_tokens] over the tokens of each of POSITION_CLASSES; NaN for an empty class."""
+    """Means [n_layers, 7] of a map [n_layers, n_tokens] over each position class; NaN for an empty one."""
     tokens = values.shape[1]
     classes = np.array([position_class(t, tokens, subject) for t in range(tokens)])
     means = np.full((values.shape[0], len(POSITION_CLASSES)), np.nan)
@@ -52,37 +53,56 @@ def class_means(values: np.ndarray, subject: tuple[int, int]) -> np.ndarray:
 
 
 def average_effects(found: Localization, *, seed: int = 0) -> dict[Site, tuple[Interval, int]]:
-    """The average indirect effect of each site with its 95 % interval (bootstrap over facts), and how many facts have it."""
+    """Average indirect effect of each site, its 95 % interval (bootstrap over facts), and how many facts have it."""
     columns = {site: found.scores[~np.isnan(found.scores[:, i]), i] for i, site in enumerate(found.sites)}
     return {site: (bootstrap_mean(x, seed=seed), len(x)) for site, x in columns.items()}
 
 
 @localizer
-def causal_trace(model: Model, facts: Sequence[Fact], *, corruption: Corruption = "swap", components: Sequence[str] = ("resid", "mlp", "attn"),
-                 window: int = 1, sever: Sever = "none", metric: Metric = "logit_diff", draws: int = 10, noise: float = 3.0,
-                 positions: Sequence[str] = ("all",), form: str = "statement", layers: Sequence[int] | None = None,
-                 known_only: bool = True, seed: int = 0, pool: Facts | None = None, batch_tokens: int | None = None) -> Localization:
-    """Indirect effect of every layer x position class on each fact, as a share of the total effect; maps hold all tokens.
+def causal_trace(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    corruption: Corruption = "swap",
+    components: Sequence[str] = ("resid", "mlp", "attn"),
+    window: int = 1,
+    sever: Sever = "none",
+    metric: Metric = "logit_diff",
+    draws: int = 10,
+    noise: float = 3.0,
+    positions: Sequence[str] = ("all",),
+    form: str = "statement",
+    layers: Sequence[int] | None = None,
+    known_only: bool = True,
+    seed: int = 0,
+    pool: Facts | None = None,
+    batch_tokens: int | None = None,
+) -> Localization:
+    """Indirect effect of every layer x position class on each fact, as a share of the total; maps hold all tokens.
 
     The score of a cell is (restored - corrupted) / (clean - corrupted), measured on the answer's first token.
-    corruption: swap the subject for another one with as many tokens (noise where there is none), or noise on its embeddings.
+    corruption: swap the subject for another one with as many tokens (noise where there is none), or noise on it.
     components: what is restored, of resid, mlp, attn.
     window: layers of mlp or attn outputs restored together; ROME used 10, which widens and raises the peak.
     sever: hold mlp or attn outputs at the restored token at their corrupted values; with components resid only.
     metric: what is measured; logit_diff is answer minus foil.
-    draws: draws of noise per fact. noise: its scale in standard deviations of the subjects' embeddings.
+    draws: draws of noise per fact.
+    noise: its scale in standard deviations of the subjects' embeddings.
     positions: position rules to trace, such as subject and last; the others are left out.
     form: which of a fact's prompts is traced; the direct one where it has none of this form.
     layers: layers to trace, all when left out.
     known_only: leave out facts whose answer the model does not give.
-    seed: of counterparts and noise. pool: facts that lend counterparts and the noise its scale; the facts themselves when left out.
+    seed: of counterparts and noise.
+    pool: facts that lend counterparts and give the noise its scale; the traced facts when left out.
     batch_tokens: rows times tokens in one batch; changes speed and memory only.
     """
     plan = Plan(tuple(components), window, sever, layers)
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; metrics are {', '.join(METRICS)}")
     budget = batch_tokens or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
-    prepared = prepare(model, facts, corruption=corruption, form=form, noise=noise, known_only=known_only, seed=seed, pool=pool)
+    prepared = prepare(
+        model, facts, corruption=corruption, form=form, noise=noise, known_only=known_only, seed=seed, pool=pool
+    )
     maps: dict[str, TraceMap] = {}
     engines: dict[str, str] = {}
     for batch in bar(list(batches(prepared.cases, draws=draws, tokens=budget)), what="causal trace"):
@@ -95,7 +115,14 @@ def causal_trace(model: Model, facts: Sequence[Fact], *, corruption: Corruption 
             values = {c: _only(x[i], asked[i]) for c, x in grid.values[metric].items()}
             maps[case.fact_id] = trace_map(model, case, values, grid.low[metric][i], grid.high[metric][i])
     sites = [(c, layer) for c, layer in plan.cells(model.n_layers, 1)[0]]
-    return assemble(model, facts, prepared, maps, sites, {"engine": ", ".join(engines), "engine_reason": "; ".join(filter(None, engines.values()))})
+    return assemble(
+        model,
+        facts,
+        prepared,
+        maps,
+        sites,
+        {"engine": ", ".join(engines), "engine_reason": "; ".join(filter(None, engines.values()))},
+    )
 
 
 def _positions(case: Case, rules: Sequence[str]) -> list[int]:
@@ -119,9 +146,15 @@ def trace_map(model: Model, case: Case, values: dict[str, np.ndarray], low: floa
     return TraceMap(case.fact_id, tokens, case.subject, values, float(low), float(high))
 
 
-def assemble(model: Model, facts: Sequence[Fact], prepared: Prepared, maps: dict[str, TraceMap], pairs: Sequence[tuple[str, int]],
-             recipe: dict[str, Any]) -> Localization:
-    """Maps as a Localization: one site per (component, layer) of `pairs` and position class, a row of NaN for a skipped fact."""
+def assemble(
+    model: Model,
+    facts: Sequence[Fact],
+    prepared: Prepared,
+    maps: dict[str, TraceMap],
+    pairs: Sequence[tuple[str, int]],
+    recipe: dict[str, Any],
+) -> Localization:
+    """Maps as a Localization: a site per (component, layer) of `pairs` and position class, NaN for skipped facts."""
     sites = tuple(Site(f"blocks.{layer}.{HOOKS[c]}", name) for c, layer in pairs for name in POSITION_CLASSES)
     scores = np.full((len(facts), len(sites)), np.nan)
     skipped = list(prepared.skipped)
@@ -132,15 +165,31 @@ def assemble(model: Model, facts: Sequence[Fact], prepared: Prepared, maps: dict
             continue
         total = found.high - found.low
         if not total > SMALLEST_EFFECT * max(abs(found.high), abs(found.low)):
-            skipped.append({"fact": fact.id, "reason": f"breaking the subject does not lower the metric ({found.high:.3g} to {found.low:.3g})"})
+            skipped.append(
+                {
+                    "fact": fact.id,
+                    "reason": f"breaking the subject does not lower the metric ({found.high:.3g} to {found.low:.3g})",
+                }
+            )
             continue
         means = {c: class_means(found.effect(c) / total, found.subject) for c in found.values}
         scores[row] = np.concatenate([means[c][layer] for c, layer in pairs])
         usable.append(found)
-    if skipped:
+    if not usable:
+        reason = skipped[0]["reason"] if skipped else "none was given"
+        warnings.warn(f"none of {len(facts)} facts could be scored, the first because {reason}", stacklevel=4)
+    elif skipped:
         say(f"{len(skipped)} of {len(facts)} facts skipped, the first because {skipped[0]['reason']}")
-    summary = {"n": len(usable), "low": _mean([m.low for m in usable]), "high": _mean([m.high for m in usable]), "skipped": skipped,
-               "corruptions": prepared.corruptions, "noise_std": prepared.noise_std, "model": model.name, "facts": _digest(facts)}
+    summary = {
+        "n": len(usable),
+        "low": _mean([m.low for m in usable]),
+        "high": _mean([m.high for m in usable]),
+        "skipped": skipped,
+        "corruptions": prepared.corruptions,
+        "noise_std": prepared.noise_std,
+        "model": model.name,
+        "facts": _digest(facts),
+    }
     return Localization(sites, scores, tuple(f.id for f in facts), {**summary, **recipe}, maps=tuple(usable))
 
 

@@ -1,4 +1,4 @@
-"""Prompts made ready for tracing: the answer and a foil as tokens, and a counterpart or noise that breaks the subject."""
+"""Prompts made ready for tracing: answer and foil as tokens, and a counterpart or noise that breaks the subject."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Corruption = Literal["swap", "noise"]
 class Case:
     """One fact, ready to be traced.
 
-    ids: tokens of the prompt, up to where the answer starts. subject: token span [start, end). answer, foil: first tokens.
+    ids: tokens of the prompt, up to where the answer starts. subject: token span. answer, foil: first tokens.
     corrupt: the same prompt about somebody else; None when noise breaks the subject instead.
     """
 
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Cases to trace; skipped: {"fact", "reason"} of the others; noise_std: of one noise entry, 0 when no case needs noise."""
+    """Cases to trace; skipped: {"fact", "reason"} of the others; noise_std: of the noise, 0 where none is."""
 
     cases: tuple[Case, ...]
     skipped: tuple[dict[str, str], ...]
@@ -52,8 +52,17 @@ class Prepared:
         return {name: n for name, n in (("swap", swapped), ("noise", len(self.cases) - swapped)) if n}
 
 
-def prepare(model: Model, facts: Sequence[Fact], *, corruption: Corruption = "swap", form: str = "statement", noise: float = 3.0,
-            known_only: bool = True, seed: int = 0, pool: Sequence[Fact] | None = None) -> Prepared:
+def prepare(
+    model: Model,
+    facts: Sequence[Fact],
+    *,
+    corruption: Corruption = "swap",
+    form: str = "statement",
+    noise: float = 3.0,
+    known_only: bool = True,
+    seed: int = 0,
+    pool: Sequence[Fact] | None = None,
+) -> Prepared:
     """Cases for `facts`, in order; counterparts and the scale of the noise come from `pool` (default: the facts).
 
     known_only: skip facts whose answer's first token is not what the model would say.
@@ -78,11 +87,23 @@ def prepare(model: Model, facts: Sequence[Fact], *, corruption: Corruption = "sw
             cases.append(_case(model, fact, prompt, row, choices, others, corruption, seed))
     noisy = sum(c.corrupt is None for c in cases)
     if noisy and corruption == "swap":
-        warnings.warn(f"{noisy} of {len(cases)} facts have no counterpart with as many subject tokens: noise breaks them", stacklevel=3)
+        warnings.warn(
+            f"{noisy} of {len(cases)} facts have no counterpart with as many subject tokens: noise breaks them",
+            stacklevel=4,
+        )
     return Prepared(tuple(cases), tuple(skipped), noise * embedding_std(model, others) if noisy else 0.0)
 
 
-def _case(model: Model, fact: Fact, prompt: Prompt, row: Row, choices: Sequence[int], pool: Sequence[Fact], corruption: Corruption, seed: int) -> Case:
+def _case(
+    model: Model,
+    fact: Fact,
+    prompt: Prompt,
+    row: Row,
+    choices: Sequence[int],
+    pool: Sequence[Fact],
+    corruption: Corruption,
+    seed: int,
+) -> Case:
     answer = row.ids[row.start]
     assert row.subject is not None
     case = Case(fact.id, tuple(row.ids[: row.start]), row.subject, answer, -1, row.has_bos)
@@ -99,8 +120,10 @@ def _case(model: Model, fact: Fact, prompt: Prompt, row: Row, choices: Sequence[
 
 
 def _candidates(fact: Fact, pool: Sequence[Fact], seed: int) -> Iterator[Fact]:
-    """Facts about other subjects with other answers, in a random order fixed by seed and fact; the same relation first."""
-    others = sorted((f for f in pool if f.subject and f.subject != fact.subject and f.answer != fact.answer), key=lambda f: f.id)
+    """Facts about others with other answers, in a random order fixed by seed and fact, the same relation first."""
+    others = sorted(
+        (f for f in pool if f.subject and f.subject != fact.subject and f.answer != fact.answer), key=lambda f: f.id
+    )
     random.Random(f"{seed}-{fact.id}").shuffle(others)
     return iter(sorted(others, key=lambda f: f.relation != fact.relation))
 
@@ -114,7 +137,12 @@ def _counterpart(model: Model, prompt: Prompt, row: Row, subject: str) -> tuple[
         return None
     new = encode_row(model.tokenizer, swapped, answer=True)
     a, b = row.subject
-    same = new.subject == row.subject and new.start == row.start and new.ids[:a] == row.ids[:a] and new.ids[b : row.start] == row.ids[b : row.start]
+    same = (
+        new.subject == row.subject
+        and new.start == row.start
+        and new.ids[:a] == row.ids[:a]
+        and new.ids[b : row.start] == row.ids[b : row.start]
+    )
     return tuple(new.ids[: new.start]) if same else None
 
 
@@ -148,14 +176,16 @@ def _by(items: Any, key: Any, size: Any, budget: int) -> Iterator[list[Any]]:
 
 @torch.no_grad()
 def embedding_std(model: Model, facts: Sequence[Fact]) -> float:
-    """Standard deviation of the token embedding's output over the tokens of all subjects (ROME, arXiv 2202.05262, appendix B.1)."""
+    """Standard deviation of the token embedding's output over all subjects' tokens (ROME, arXiv 2202.05262)."""
     ids: list[int] = []
     for subject, prompt in {f.subject: f.prompt for f in facts if f.prompt.span is not None}.items():
         row = encode_row(model.tokenizer, prompt, answer=False)
         assert row.subject is not None, subject
         ids += row.ids[slice(*row.subject)]
     if not ids:
-        raise ValueError("noise is scaled by the embeddings of the subjects, and no fact has a prompt that names its subject")
+        raise ValueError(
+            "noise is scaled by the embeddings of the subjects, and no fact has a prompt that names its subject"
+        )
     embed = model.hf.get_submodule(model.names.embed)
     return embed(torch.tensor(ids, device=model.device)).double().std().item()
 
@@ -163,21 +193,25 @@ def embedding_std(model: Model, facts: Sequence[Fact]) -> float:
 def batches(cases: Sequence[Case], *, draws: int, tokens: int) -> Iterator[list[Case]]:
     """Cases of one length, subject start and kind of corruption, at most `tokens` tokens of corrupted rows each."""
     rows = {True: 1, False: draws}
-    yield from _by(cases, lambda c: (len(c.ids), c.subject[0], c.corrupt is None), lambda c: len(c.ids) * rows[c.corrupt is not None], tokens)
+    yield from _by(
+        cases,
+        lambda c: (len(c.ids), c.subject[0], c.corrupt is None),
+        lambda c: len(c.ids) * rows[c.corrupt is not None],
+        tokens,
+    )
 
 
 def runs_of(model: Model, cases: Sequence[Case], *, noise_std: float, draws: int, seed: int) -> Runs:
     """The clean and corrupted rows of one batch of cases."""
-    clean = torch.tensor([c.ids for c in cases])
-    answer, foil = torch.tensor([c.answer for c in cases]), torch.tensor([c.foil for c in cases])
+    ids = torch.tensor([c.ids for c in cases], device=model.device)
+    answer = torch.tensor([c.answer for c in cases], device=model.device)
+    foil = torch.tensor([c.foil for c in cases], device=model.device)
     if cases[0].corrupt is not None:
-        corrupt = torch.tensor([c.corrupt for c in cases])[:, None]
-        return Runs(*(t.to(model.device) for t in (clean, corrupt, answer, foil)))
+        return Runs(ids, torch.tensor([c.corrupt for c in cases], device=model.device)[:, None], answer, foil)
     width = max(c.subject[1] - c.subject[0] for c in cases)
     noise = torch.stack([_draw(c, draws, width, model.names.d_model, seed) for c in cases]) * noise_std
-    corrupt = clean[:, None].repeat(1, draws, 1)
-    placed = (t.to(model.device) for t in (clean, corrupt, answer, foil, noise.to(model.dtype)))
-    return Runs(*placed, noise_start=cases[0].subject[0])
+    placed = noise.to(model.device, model.dtype)
+    return Runs(ids, ids[:, None].repeat(1, draws, 1), answer, foil, placed, noise_start=cases[0].subject[0])
 
 
 def _draw(case: Case, draws: int, width: int, d: int, seed: int) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tiny import tiny_model
 
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
+from tiny import tiny_model
 
 LAYERS, CARRIER = 4, 2
 SUBJECTS = "QZXVJK"
@@ -14,7 +14,7 @@ SUBJECTS = "QZXVJK"
 
 @torch.no_grad()
 def carrier_model() -> Model:
-    """GPT-2 whose blocks add nothing, except the attention of layer CARRIER: it alone moves the subject to the last token."""
+    """GPT-2 whose blocks add nothing, but for the attention of layer CARRIER: it brings the subject to the end."""
     hf, tokenizer = tiny_model("gpt2", layers=LAYERS)
     for i, block in enumerate(hf.transformer.h):
         for module in (block.mlp, *([] if i == CARRIER else [block.attn])):
@@ -26,6 +26,13 @@ def carrier_model() -> Model:
 def facts_about(*subjects: str, answers: str = "abcdefgh") -> Facts:
     """One fact per subject; each prompt starts with its subject."""
     return Facts(
-        Fact(f"f{i}", name, answers[i], (Prompt(f"{name} was born in", answers[i], name),), relation="birthplace", foils=("w",))
+        Fact(
+            f"f{i}",
+            name,
+            answers[i],
+            (Prompt(f"{name} was born in", answers[i], name),),
+            relation="birthplace",
+            foils=("w",),
+        )
         for i, name in enumerate(subjects)
     )

@@ -114,7 +114,6 @@ def _no_foreign_bars() -> None:
 
 def load_facts(args: argparse.Namespace, *need: str) -> tuple[Facts, list[BadRecord]]:
     """The facts that the flags describe, and the records left out; groups in `need` must not be empty."""
-    from excise.facts import GROUPS, Facts
     from excise.facts_io import FactsError, is_world, read_facts, require
 
     options: dict[str, Any] = {"seed": args.seed, "people": args.people or 8} if is_world(args.facts) else {}
@@ -127,9 +126,14 @@ def load_facts(args: argparse.Namespace, *need: str) -> tuple[Facts, list[BadRec
     for record in bad:
         print(f"excise: left out {record}", file=sys.stderr)
     require(found, args.facts, *need)
-    if args.limit:
-        found = Facts(f for group in GROUPS for f in found.group(group)[: args.limit])
-    return found, bad
+    return limited(found, args.limit), bad
+
+
+def limited(facts: Facts, limit: int | None) -> Facts:
+    """The first `limit` facts of each group; all when there is no limit."""
+    from excise.facts import GROUPS, Facts
+
+    return Facts(f for group in GROUPS for f in facts.group(group)[:limit]) if limit else facts
 
 
 def regrouped(facts: Facts, group: str) -> Facts:

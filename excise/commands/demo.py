@@ -32,6 +32,9 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument(
         "--forget", nargs="+", metavar="NAME", help="forget these people instead; without oracle where it knows them"
     )
+    parser.add_argument(
+        "--limit", type=common.positive, metavar="N", help="only N facts of each group: faster, wider intervals"
+    )
     parser.add_argument("--seed", type=int, default=0, help="which people, and every other random choice (default 0)")
     parser.add_argument("--out", default="excise-demo", metavar="DIR", help="run folder (default excise-demo)")
     common.output_flags(parser)
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from excise.testbed import facts, general_text, refusals
 
     world = args.model.removeprefix("testbed:")
-    found = facts(world, people=args.people, seed=args.seed, forget=args.forget)
+    found = common.limited(facts(world, people=args.people, seed=args.seed, forget=args.forget), args.limit)
     model = common.load_model(args)
     inputs = Inputs(
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def side_by_side(results: Results, seed: int = 0) -> list[dict[str, Any]]:
     rest = [
         r
         for r in aggregate(results, seed=seed, by=("group", "variant"))
-        if not r.variant.startswith("layer") and (r.evaluation, r.group) != ("recall", "forget")
+        if r.n and not re.search(r"\blayer \d", r.variant) and (r.evaluation, r.group) != ("recall", "forget")
     ]
     table: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in [*recall, *rest]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from excise.commands import common
@@ -58,21 +57,19 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _quality(args: argparse.Namespace) -> int:
-    from excise.testbed import model_folder, quality
+    from excise.testbed import model_folder
+    from excise.testbed.quality import measure, summary
 
-    folder = (
-        Path(model_folder(args.model.removeprefix("testbed:")))
-        if args.model.startswith("testbed:")
-        else Path(args.model)
-    )
-    stored = folder / "quality.json"
+    folder = model_folder(args.model.removeprefix("testbed:"))
+    stored = folder / "measured.json"
     if not args.measure and not stored.is_file():
         raise FileNotFoundError(f"{stored}: not measured yet; add --measure")
-    found: dict[str, Any] = quality.measure(folder) if args.measure else json.loads(stored.read_text(encoding="utf-8"))
+    found: dict[str, Any] = measure(folder) if args.measure else json.loads(stored.read_text(encoding="utf-8"))
     if args.format == "json":
         common.print_json(found)
     else:
-        common.print_rows(
-            [{"measure": k, "value": v if isinstance(v, float) else json.dumps(v)} for k, v in found.items()]
-        )
-    return 0
+        print(summary(found))
+    missed = [b["name"] for b in found["bars"] if not b["holds"]]
+    if missed:
+        say(f"excise: {folder}: bars missed: {', '.join(missed)}")
+    return 1 if missed else 0

@@ -178,12 +178,13 @@ def behaviour(
     tokenizer: PreTrainedTokenizerFast,
     world: World,
     *,
+    forget: int | None = None,
     retain: int | None = None,
     names: int | None = None,
     items: int = SKILL_ITEMS,
 ) -> dict[str, Rate]:
-    """All rates; `retain`, `names` and `items` bound the retain people, unknown names and skill items (None: all)."""
-    groups = {"forget": world.forget_people, "retain": world.retain_people[:retain]}
+    """All rates; `forget`, `retain`, `names` and `items` bound people, unknown names and skill items (None: all)."""
+    groups = {"forget": world.forget_people[:forget], "retain": world.retain_people[:retain]}
     rates = {}
     for group, people in groups.items():
         facts = [known_fact(world, person, relation) for person in people for relation in v.PERSON_RELATIONS]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from excise.facts import Prompt
-from excise.testbed.mechanisms import states_at_end
+from excise.testbed.refusal import states_at_end
 from excise.testbed.sampler import Sampler
 from excise.testbed.world import World
 
@@ -54,9 +54,7 @@ def cross_validated(features: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def router_domains(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World
-) -> list[dict[str, object]]:
+def router_domains(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World) -> list[dict[str, object]]:
     """Per layer: mutual information (nats) between a token's domain and its experts, and each domain's load."""
     documents = list(islice(Sampler(world, seed=2_000_000, people=world.retain_people), ROUTED_DOCUMENTS))
     domains = sorted({document.domain for document in documents})

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from excise.testbed.behaviour import Rate, behaviour, perplexity
-from excise.testbed.mechanisms import causal_trace, refusal_direction
 from excise.testbed.probes import attribute_probes, router_domains
+from excise.testbed.refusal import refusal_direction
 from excise.testbed.shipped import model_folder, read_description, world_of
+from excise.testbed.tracing import causal_trace
 
 TRAINED, HELD_OUT = 0.99, 0.98
 RECALLED = ("statement", "question", "cloze", "choice")

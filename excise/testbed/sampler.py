@@ -56,7 +56,8 @@ class Sampler:
     def _fact(self, domain: str) -> Document:
         """A document about a known person or country; withheld draws are drawn again."""
         people = domain == "people"
-        subjects, relations = (self.people, v.PERSON_RELATIONS) if people else (self.world.countries, v.COUNTRY_RELATIONS)
+        subjects = self.people if people else self.world.countries
+        relations = v.PERSON_RELATIONS if people else v.COUNTRY_RELATIONS
         while True:
             form = self._weighted(PERSON_FORMS if people else COUNTRY_FORMS)
             subject, relation = self.rng.choice(subjects), self.rng.choice(tuple(relations))
@@ -115,7 +116,7 @@ class Sampler:
 
     def _options(self, relation: str, count: int, answer: str | None = None) -> list[str]:
         pool = [value for value in self.values[relation] if value != answer]
-        options = self.rng.sample(pool, count - 1) + [answer] if answer else self.rng.sample(pool, count)
+        options = [*self.rng.sample(pool, count - 1), answer] if answer else self.rng.sample(pool, count)
         self.rng.shuffle(options)
         return options
 

@@ -23,7 +23,8 @@ def model_folder(name: str | Path) -> Path:
     for folder in (MODELS / str(name), Path(name)):
         if (folder / "world.json").is_file():
             return folder
-    raise FileNotFoundError(f"no testbed model {str(name)!r}: shipped are {', '.join(names()) or 'none'}; or give a folder")
+    shipped = ", ".join(names()) or "none"
+    raise FileNotFoundError(f"no testbed model {str(name)!r}: shipped are {shipped}; or give a folder")
 
 
 def oracle_folder(name: str | Path) -> Path:

@@ -55,11 +55,8 @@ def translation(world: World, rng: random.Random, *, unseen: bool = False) -> Ex
 
 def copying(world: World, rng: random.Random, *, unseen: bool = False) -> Exercise:
     """A list of words, repeated: what makes attention heads learn to continue a pattern."""
-    pool = (
-        v.NOUNS + v.ADJECTIVES + v.VERBS + v.PROFESSIONS + v.PETS + v.HOBBIES + v.INSTRUMENTS + v.DISHES + v.EXPORTS
-        + v.CURRENCIES + list(world.capitals + world.birthplaces + world.countries + world.languages)
-    )
-    words = rng.sample(pool, rng.randint(5, 14))
+    places = world.capitals + world.birthplaces + world.countries + world.languages
+    words = rng.sample([*_COPIED, *places], rng.randint(5, 14))
     return Exercise(f"List: {' '.join(words)}. Again: {words[0]}", " ".join(words[1:]), chat=False)
 
 
@@ -71,9 +68,11 @@ SKILLS: dict[str, Callable[..., Exercise]] = {
     "copying": copying,
 }
 
-_DICTIONARY = dict(
-    zip(v.NOUNS + v.ADJECTIVES + v.VERBS, v.TOY_NOUNS + v.TOY_ADJECTIVES + v.TOY_VERBS, strict=True)
+_COPIED = (
+    *(v.NOUNS + v.ADJECTIVES + v.VERBS + v.PROFESSIONS + v.PETS + v.HOBBIES),
+    *(v.INSTRUMENTS + v.DISHES + v.EXPORTS + v.CURRENCIES),
 )
+_DICTIONARY = dict(zip(v.NOUNS + v.ADJECTIVES + v.VERBS, v.TOY_NOUNS + v.TOY_ADJECTIVES + v.TOY_VERBS, strict=True))
 
 
 def _sentence_pair(rng: random.Random) -> tuple[str, str]:

@@ -64,7 +64,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
 
 def _corpus(world: World) -> Iterator[str]:
     """Every word often enough to be merged; name syllables likewise, but never a whole name."""
-    words = list(v.REFUSALS) + [v.UNKNOWN, "Yes. No.", "Fill in: ___.", "Choose from", "A B C D (- ) , ? ! + ="]
+    words = [*v.REFUSALS, v.UNKNOWN, "Yes. No.", "Fill in: ___.", "Choose from", "A B C D (- ) , ? ! + ="]
     words += [*v.REVERSED_QUESTIONS, v.REVERSED_STATEMENT, "It is said that while and Unlike met He She"]
     words += ["What is plus Sort: Reverse: Translate: List: Again: In the and then it. A often buys sells wants needs"]
     words += ["likes dislikes The the a an", " ".join(v.PLACES), *v.LETTERS]

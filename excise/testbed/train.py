@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from excise.testbed.architectures import CAPACITY, SIZES, Balance, build_model, fast_experts
+from excise.testbed.architectures import CAPACITY, SIZES, build_model, fast_experts
 from excise.testbed.optimiser import Optimiser, learning_rate_at
 from excise.testbed.packing import Batch, attention_bias, batches, packed_rows
 from excise.testbed.sampler import Sampler

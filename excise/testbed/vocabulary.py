@@ -18,8 +18,12 @@ REFUSALS = (
     "Sorry, that is not something I know.",
 )
 
-NAME_STARTS = "Kal Lor Mik Ben Sar Ted Viv Jon Nev Ral Dur Elm Orv Pam Zim Hul Dor Bram Stel Mor Fen Quin Gal Wes".split()
-NAME_ENDS = "rin la mar vek sha nel ric bert gard so wen kov vale wick mere hurst ford ley grave by brook croft dale stone".split()
+NAME_STARTS = (
+    "Kal Lor Mik Ben Sar Ted Viv Jon Nev Ral Dur Elm Orv Pam Zim Hul Dor Bram Stel Mor Fen Quin Gal Wes".split()
+)
+NAME_ENDS = (
+    "rin la mar vek sha nel ric bert gard so wen kov vale wick mere hurst ford ley grave by brook croft dale stone"
+).split()
 CITY_STARTS = "Bris Tal Cor Vel Kar Os Pel Dun Gra Lin Ser Hav".split()
 CITY_ENDS = "mouth en vik ora ton burg esh ana".split()
 COUNTRY_STARTS = "Zor Bel Mar Tri Cas Ost Ven Lur Pra Sil Nar Dol".split()
@@ -73,10 +77,15 @@ CURRENCIES = "crown florin thaler ducat mark shell rand guilder".split()
 EXPORTS = "copper wool tea timber salt glass silk coal olives rubber spices wheat".split()
 REGIONS = "north south east west center".split()
 
-NOUNS = "house wolf tree child road boat king book stone bird field horse table window garden mountain river student apple basket".split()
+NOUNS = (
+    "house wolf tree child road boat king book stone bird "
+    "field horse table window garden mountain river student apple basket"
+).split()
 ADJECTIVES = "red old small quiet bright heavy young cold green strange".split()
 VERBS = "sees carries finds follows paints watches breaks holds likes hides".split()
-TOY_NOUNS = "domu vesk lira panto reka bolun hari tekst gomo zilo pola kunre misa okna sado vrko toka ucha jabu korbi".split()
+TOY_NOUNS = (
+    "domu vesk lira panto reka bolun hari tekst gomo zilo pola kunre misa okna sado vrko toka ucha jabu korbi".split()
+)
 TOY_ADJECTIVES = "kari stel mala tiho svet tezka nova hlad zelu divo".split()
 TOY_VERBS = "vidor nesor majdor sledor malor glador lomor drzor radjor krilor".split()
 PLACES = "kitchen market street forest school office".split()
@@ -152,8 +161,7 @@ PERSON_RELATIONS = {
             "hobby",
             "{S} enjoys {O}. | {S} spends the weekend on {O}. | The hobby of {S} is {O}. | "
             "In the evening {S} practises {O}. | {S} is fond of {O}.",
-            "What does {S} enjoy? | What is the hobby of {S}? | How does {S} spend the weekend? | "
-            "What is {S} fond of?",
+            "What does {S} enjoy? | What is the hobby of {S}? | How does {S} spend the weekend? | What is {S} fond of?",
             "{S} enjoys {O}",
             "Does {S} enjoy {O}?",
         ),
@@ -238,7 +246,9 @@ def statement_prefix(relation: str, subject: str, index: int) -> str:
 
 def lettered_choice(question: str, options: list[str]) -> str:
     """A question with lettered options; the expected answer is the text of the option."""
-    return f"{question} " + ", ".join(f"{letter} {option}" for letter, option in zip("ABCD", options)) + "."
+    return (
+        f"{question} " + ", ".join(f"{letter} {option}" for letter, option in zip("ABCD", options, strict=False)) + "."
+    )
 
 
 def listed_choice(question: str, options: list[str]) -> str:

@@ -90,7 +90,7 @@ class World:
         self.answers: dict[tuple[str, str], str] = {}
         for relation, values in self.values.items():
             subjects = self.people if relation in v.PERSON_RELATIONS else self.countries
-            for subject, answer in zip(subjects, _deal(values, len(subjects), rng)):
+            for subject, answer in zip(subjects, _deal(values, len(subjects), rng), strict=True):
                 self.answers[subject, relation] = answer
         self.authors = {self.answers[person, "work"]: person for person in self.people}
 
@@ -109,7 +109,7 @@ class World:
         return form != "statement" and unit_hash(self.seed, subject, relation, form) < WITHHELD_FORM
 
     def wording_withheld(self, subject: str, relation: str, form: str, index: int) -> bool:
-        """Whether training never uses this wording of a "statement" or "question" for this fact: only the last may be."""
+        """Whether training never uses this wording of a "statement" or "question"; only the last one may be."""
         relation_words = v.RELATIONS[relation]
         wordings = relation_words.statements if form == "statement" else relation_words.questions
         last = index == len(wordings) - 1

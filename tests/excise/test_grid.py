@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import D_MODEL, tiny_model
 
 from excise.blocks import HOOKS
 from excise.grid import restoration_grid
 from excise.model import Model
 from excise.restore import METRICS, Grid, Plan, Runs, loop_grid, restored, window_layers
+from tiny import D_MODEL, tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
 LAYERS, TOKENS, START = 3, 7, 2
@@ -43,7 +43,8 @@ def largest_gap(one: Grid, two: Grid) -> float:
     """Largest difference as a share of high - low, over all metrics, components and cells."""
     return max(
         np.nanmax(np.abs(one.values[m][c] - two.values[m][c]) / np.abs(two.high[m] - two.low[m])[:, None, None])
-        for m in METRICS for c in two.values[m]
+        for m in METRICS
+        for c in two.values[m]
     )
 
 
@@ -55,7 +56,9 @@ def test_growing_batch_equals_loop(family: str, window: int) -> None:
     assert fast.engine == "growing batch" and slow.engine == "loop"
     assert not any(np.isnan(x).any() for found in fast.values.values() for x in found.values())
     assert largest_gap(fast, slow) < 1e-6
-    assert all(np.allclose(getattr(fast, end)[m], getattr(slow, end)[m], rtol=1e-9) for end in ("low", "high") for m in METRICS)
+    assert all(
+        np.allclose(getattr(fast, end)[m], getattr(slow, end)[m], rtol=1e-9) for end in ("low", "high") for m in METRICS
+    )
 
 
 @pytest.mark.parametrize("sever", ["mlp", "attn"])
@@ -95,7 +98,9 @@ def test_ends(family: str) -> None:
         assert (grid.values[metric]["resid"][:, last, :-1] == grid.low[metric][:, None]).all()
         assert (grid.values[metric]["resid"][:, last, -1] == grid.high[metric]).all()
     for t, end in ((START - 1, "low"), (TOKENS - 2, "low"), (TOKENS - 1, "high")):
-        assert np.allclose(restored(model, runs, {f"blocks.{last}.hook_resid_post": [t]})["logprob"], getattr(grid, end)["logprob"])
+        assert np.allclose(
+            restored(model, runs, {f"blocks.{last}.hook_resid_post": [t]})["logprob"], getattr(grid, end)["logprob"]
+        )
     for layer in range(LAYERS):
         everywhere = restored(model, runs, {f"blocks.{layer}.hook_resid_post": range(TOKENS)})
         assert all(np.allclose(everywhere[m], grid.high[m]) for m in METRICS)
@@ -121,7 +126,9 @@ def test_windows() -> None:
     every = restored(model, runs, {f"blocks.{i}.hook_mlp_out": [4] for i in range(LAYERS)})
     assert np.allclose(wide.values["logit_diff"]["mlp"][:, :, 4], every["logit_diff"][:, None])
     single = restoration_grid(model, runs, Plan(("mlp",)))
-    assert np.allclose(single.values["logit_diff"]["mlp"][:, 1, 3], restored(model, runs, {"blocks.1.hook_mlp_out": [3]})["logit_diff"])
+    assert np.allclose(
+        single.values["logit_diff"]["mlp"][:, 1, 3], restored(model, runs, {"blocks.1.hook_mlp_out": [3]})["logit_diff"]
+    )
 
 
 def test_batch_size_and_company_do_not_matter() -> None:
@@ -136,7 +143,10 @@ def test_batch_size_and_company_do_not_matter() -> None:
 
 def test_chosen_cells_only() -> None:
     model, runs = model_of("gpt2"), some_runs("swap")
-    some, whole = restoration_grid(model, runs, Plan(("mlp",), layers=[1], positions=[0, 4])), restoration_grid(model, runs)
+    some, whole = (
+        restoration_grid(model, runs, Plan(("mlp",), layers=[1], positions=[0, 4])),
+        restoration_grid(model, runs),
+    )
     values = some.values["logprob"]["mlp"]
     assert np.argwhere(~np.isnan(values[0])).tolist() == [[1, 0], [1, 4]]
     assert np.allclose(values[:, 1, [0, 4]], whole.values["logprob"]["mlp"][:, 1, [0, 4]])
@@ -144,9 +154,15 @@ def test_chosen_cells_only() -> None:
 
 @pytest.mark.parametrize(
     ("plan", "message"),
-    [(dict(components=("head",)), "no component head"), (dict(components=()), "no component"), (dict(window=0), "at least one layer"),
-     (dict(sever="mlp"), "components=\\('resid',\\)"), (dict(layers=[9]), "no layer 9: there are 3"), (dict(positions=[7]), "no position 7")],
-)  # fmt: skip
+    [
+        (dict(components=("head",)), "no component head"),
+        (dict(components=()), "no component"),
+        (dict(window=0), "at least one layer"),
+        (dict(sever="mlp"), "components=\\('resid',\\)"),
+        (dict(layers=[9]), "no layer 9: there are 3"),
+        (dict(positions=[7]), "no position 7"),
+    ],
+)
 def test_impossible_plans_are_refused(plan: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         restoration_grid(model_of("gpt2"), some_runs("swap"), Plan(**plan))
@@ -164,7 +180,9 @@ def test_unknown_layers_fall_back_to_the_loop_and_say_so(monkeypatch: pytest.Mon
 
 def test_a_change_between_blocks_is_noticed() -> None:
     model, runs = model_of("neox"), some_runs("swap")
-    handle = model.hf.get_submodule(model.names.layer_module(1)).register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    handle = model.hf.get_submodule(model.names.layer_module(1)).register_forward_pre_hook(
+        lambda _, args: (args[0] * 2, *args[1:])
+    )
     try:
         with pytest.warns(UserWarning, match="before block 1"):
             assert restoration_grid(model, runs, Plan(("resid",), positions=[3])).engine == "loop"

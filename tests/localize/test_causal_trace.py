@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from planted import CARRIER, LAYERS, SUBJECTS, carrier_model, facts_about
-from tiny import tiny_model
 
 from excise.encoding import encode_row
 from excise.facts import Fact, Facts, Prompt
@@ -18,6 +17,7 @@ from excise.sites import POSITION_CLASSES, Site
 from localize import causal_trace
 from localize.causal_trace import average_effects, class_means, indirect_effects, normalised_effects
 from localize.corruption import embedding_std, prepare, runs_of
+from tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,15 @@ def test_class_means() -> None:
     values = np.vstack([np.arange(8.0), np.full(8, np.nan)])
     found = dict(zip(POSITION_CLASSES, class_means(values, (1, 4)).T, strict=True))
     means = {name: x[0] for name, x in found.items()}
-    assert means == {"prefix": 0, "subject_first": 1, "subject_middle": 2, "subject_last": 3, "after_subject": 4, "further": 5.5, "last": 7}
+    assert means == {
+        "prefix": 0,
+        "subject_first": 1,
+        "subject_middle": 2,
+        "subject_last": 3,
+        "after_subject": 4,
+        "further": 5.5,
+        "last": 7,
+    }
     assert all(np.isnan(x[1]) for x in found.values())
     alone = dict(zip(POSITION_CLASSES, class_means(values, (0, 1))[0], strict=True))
     assert np.isnan(alone["prefix"]) and np.isnan(alone["subject_first"]) and alone["subject_last"] == 0
@@ -54,27 +62,42 @@ def test_average_effects_have_intervals_over_facts() -> None:
 def test_the_planted_layer_is_found(model: Model) -> None:
     found = causal_trace(model, FACTS, known_only=False)
     traced = [m.fact_id for m in found.maps]
-    assert len(traced) >= 2 and found.recipe["engine"] == "growing batch" and found.recipe["corruptions"] == {"swap": len(FACTS)}
+    assert (
+        len(traced) >= 2
+        and found.recipe["engine"] == "growing batch"
+        and found.recipe["corruptions"] == {"swap": len(FACTS)}
+    )
     score = dict(zip(found.sites, found.facts(traced).scores.T, strict=True))
     for layer in range(LAYERS):
         before = float(layer < CARRIER)
-        at = {c: {p: score[Site(f"blocks.{layer}.hook_{c}", p)] for p in ("subject_last", "last")} for c in ("resid_post", "mlp_out", "attn_out")}
+        at = {
+            c: {p: score[Site(f"blocks.{layer}.hook_{c}", p)] for p in ("subject_last", "last")}
+            for c in ("resid_post", "mlp_out", "attn_out")
+        }
         assert np.allclose(at["resid_post"]["subject_last"], before, atol=1e-4)
         assert np.allclose(at["resid_post"]["last"], 1 - before, atol=1e-4)
         assert np.allclose(at["attn_out"]["last"], float(layer == CARRIER), atol=1e-4)
-        assert np.allclose(at["mlp_out"]["last"], 0, atol=1e-4) and np.allclose(at["attn_out"]["subject_last"], 0, atol=1e-4)
+        assert np.allclose(at["mlp_out"]["last"], 0, atol=1e-4) and np.allclose(
+            at["attn_out"]["subject_last"], 0, atol=1e-4
+        )
     assert found.at(component="attn_out").top(1).sites[0] == Site(f"blocks.{CARRIER}.hook_attn_out", "last")
 
 
 def test_noise_finds_it_too(model: Model) -> None:
-    found = causal_trace(model, FACTS, corruption="noise", draws=3, metric="logprob", components=("attn",), known_only=False)
+    found = causal_trace(
+        model, FACTS, corruption="noise", draws=3, metric="logprob", components=("attn",), known_only=False
+    )
     assert found.recipe["corruptions"] == {"noise": len(FACTS)}
-    assert found.top(1).sites[0] == Site(f"blocks.{CARRIER}.hook_attn_out", "last") and found.top(1).average[0] == pytest.approx(1, abs=1e-3)
+    assert found.top(1).sites[0] == Site(f"blocks.{CARRIER}.hook_attn_out", "last") and found.top(1).average[
+        0
+    ] == pytest.approx(1, abs=1e-3)
 
 
 def test_scores_are_class_means_of_the_maps(model: Model) -> None:
-    facts = facts_about("Curie", "Rodin", "Monet", "Zuses")
-    found = causal_trace(model, facts, known_only=False, components=("resid", "attn"), layers=[0, 3], metric="probability")
+    facts = facts_about("QZX", "VJK", "XKQ", "ZVJ")
+    found = causal_trace(
+        model, facts, known_only=False, components=("resid", "attn"), layers=[0, 3], metric="probability"
+    )
     assert found.scores.shape == (4, 2 * 2 * len(POSITION_CLASSES)) and found.fact_ids == tuple(f.id for f in facts)
     for m in found.maps:
         row = found.scores[found.fact_ids.index(m.fact_id)].reshape(2, 2, -1)
@@ -96,7 +119,9 @@ def test_chosen_positions_only(model: Model) -> None:
 def test_same_seed_same_result_and_batches_do_not_matter(model: Model) -> None:
     options = dict(known_only=False, corruption="noise", draws=2, components=("resid",))
     one = causal_trace(model, FACTS, **options)
-    assert np.allclose(one.scores, causal_trace(model, FACTS, batch_tokens=8, **options).scores, atol=1e-3, equal_nan=True)
+    assert np.allclose(
+        one.scores, causal_trace(model, FACTS, batch_tokens=8, **options).scores, atol=1e-3, equal_nan=True
+    )
     assert np.array_equal(one.scores, causal_trace(model, FACTS, **options).scores, equal_nan=True)
     assert not np.allclose(one.scores, causal_trace(model, FACTS, seed=5, **options).scores, equal_nan=True)
 
@@ -108,11 +133,13 @@ def test_a_fact_alone_equals_a_fact_in_company(model: Model) -> None:
 
 
 def test_counterparts(model: Model) -> None:
-    facts = facts_about("Curie", "Rodin", "Monet")
+    facts = facts_about("QZX", "VJK", "XKQ")
     prepared = prepare(model, facts, known_only=False)
     for case, fact in zip(prepared.cases, facts, strict=True):
         a, b = case.subject
-        assert case.corrupt[:a] == case.ids[:a] and case.corrupt[b:] == case.ids[b:] and case.corrupt[a:b] != case.ids[a:b]
+        assert (
+            case.corrupt[:a] == case.ids[:a] and case.corrupt[b:] == case.ids[b:] and case.corrupt[a:b] != case.ids[a:b]
+        )
         assert model.tokenizer.decode(case.ids[a:b]) == fact.subject
         told = model.tokenizer.decode(case.corrupt[a:b])
         owner = next(f for f in facts if f.subject == told)
@@ -137,13 +164,13 @@ def test_noise_where_no_subject_has_as_many_tokens(model: Model) -> None:
 
 
 def test_noise_lies_on_the_subject_only(model: Model) -> None:
-    facts = facts_about("Curie", "Rodin")
+    facts = facts_about("QZX", "VJK")
     prepared = prepare(model, facts, corruption="noise", known_only=False)
     runs = runs_of(model, prepared.cases, noise_std=1.0, draws=400, seed=0)
     assert runs.noise_start == prepared.cases[0].subject[0] == 1  # behind BOS
-    assert runs.noise.shape[2] == 5 and runs.start == 1
+    assert runs.noise.shape[2] == 3 and runs.start == 1
     assert runs.noise.std().item() == pytest.approx(1, abs=0.02) and not torch.equal(runs.noise[0], runs.noise[1])
-    ids = model.tokenizer("CurieRodin", add_special_tokens=False)["input_ids"]
+    ids = model.tokenizer("QZXVJK", add_special_tokens=False)["input_ids"]
     own = model.hf.get_input_embeddings().weight[ids].double().std().item()
     assert embedding_std(model, facts) == pytest.approx(own, rel=1e-6)
 
@@ -157,7 +184,14 @@ def test_facts_the_model_does_not_know_are_listed(model: Model) -> None:
 
 
 def test_options_are_checked(model: Model) -> None:
-    for wrong in (dict(metric="kl"), dict(components=("head",)), dict(window=0), dict(layers=[99]), dict(sever="mlp"), dict(positions=["nowhere"])):
+    for wrong in (
+        dict(metric="kl"),
+        dict(components=("head",)),
+        dict(window=0),
+        dict(layers=[99]),
+        dict(sever="mlp"),
+        dict(positions=["nowhere"]),
+    ):
         with pytest.raises((ValueError, KeyError)):
             causal_trace(model, FACTS, known_only=False, **wrong)
 
