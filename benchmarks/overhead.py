@@ -111,11 +111,12 @@ def clock(model: Model, work: Callable[[], Any]) -> float:
 def memory_job(job: str, shape: str, device: str, dtype: str) -> dict[str, int]:
     """Bytes above the loaded, warm model that one job needs at its peak. Runs in a process of its own."""
     import edit
-    import evals
+    from excise import measure, registry
     from excise.testbed import facts
 
     model = build(shape, device, dtype)
-    known = facts(0, people=4)
+    # Few facts fill many batches: what is held at once does not grow with their number.
+    known = facts(0, people=2, retain=8, neighbours=8, unknown=8, general=4)
     forget, retain = known.group("forget"), known.group("retain", "neighbour")
     change = rank_one(model, "weight edit")
     arms = [Arm("before", model), Arm("edited", model, change)]
@@ -129,13 +130,12 @@ def memory_job(job: str, shape: str, device: str, dtype: str) -> dict[str, int]:
         model.logits(batch)
 
     def evaluate() -> None:
-        for evaluation in (evals.recall, evals.probability, evals.lens):
-            evaluation(arms[1], known)
-        evals.drift(arms[1], known, before=arms[0])
+        methods = registry.methods("evaluation")
+        measure.measure(arms, [methods[name] for name in measure.EVALUATIONS], known, shared={"limit": 8})
 
     jobs: dict[str, Callable[[], Any]] = {
         "batch": one_batch,
-        "edit": lambda: edit.rocr(model, forget, retain, None),
+        "edit": lambda: edit.rocr(model, forget, retain, None, budget=4 * BATCH_TOKENS),
         "eval": evaluate,
     }
     touched = (
@@ -217,7 +217,7 @@ def main() -> None:
     if args.job:
         print(json.dumps(memory_job(args.job, shape, args.device, args.dtype)))
         return
-    rounds = args.rounds or (30 if args.quick else 100)
+    rounds = args.rounds or (20 if args.quick else 100)
     model = build(shape, args.device, args.dtype)
     speeds = {kind: speed(model, kind, rounds) for kind in ("weight edit", "hook edit")}
     del model

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,9 @@ def against_loop(model: Model, clock: Clock, rounds: int, cells: int, component:
         found = {}
         for layer, t in sample[turn * cells : (turn + 1) * cells]:
             where = {f"blocks.{layer}.{HOOKS[component]}": [t]}
-            seconds, found[layer, t] = clock(lambda where=where: restored(model, runs, where, all_logits=True))
+            seconds, found[layer, t] = clock(partial(restored, model, runs, where, all_logits=True))
             loop.append(seconds)
-            short.append(clock(lambda where=where: restored(model, runs, where))[0])
+            short.append(clock(partial(restored, model, runs, where))[0])
         seconds, grid = clock(lambda: restoration_grid(model, runs, plan))
         grids.append(seconds)
         for (layer, t), values in found.items():

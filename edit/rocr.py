@@ -26,17 +26,29 @@ from excise.facts import Fact, Facts
 from excise.keys import read_keys, write_matrices
 from excise.mentions import Mention, mentions, sharing
 from excise.model import Model
-from excise.redirection import Redirection, candidate_blocks, entanglement, patch_effect, redirect
+from excise.redirection import (
+    Redirection,
+    candidate_blocks,
+    entanglement,
+    name_aware,
+    name_prompts,
+    patch_effect,
+    redirect,
+)
 from excise.registry import editor
 from excise.scores import Localization
 from excise.sites import Site
-from excise.solve import Covariance, Solution, compress, solve_edit
+from excise.solve import Metric, Solution, compress, solve_edit
 from excise.stats import moments
 
 # Blocks that silence the answers within this share of the best one do so equally well.
 AS_GOOD = 0.05
 # Prompts that are asked to compare blocks.
 ASKED = 128
+# Wordings in which made-up names are read; what stands before a name changes its key little.
+WORDINGS = 2
+# Relative ridge of the covariance: enough to invert it when text is short.
+FLOOR = 1e-3
 
 
 @editor
@@ -52,8 +64,10 @@ def rocr(
     contexts: int = 8,
     names: int = 32,
     mode: str = "ridge",
-    ridge: float = 1e-3,
-    protect: int = 64,
+    ridge: float = 0.3,
+    protect: int = 256,
+    relatives: int = 24,
+    guard: float = 1.0,
     texts: Sequence[str] | None = None,
     budget: int = 20_000,
     seed: int = 0,
@@ -66,8 +80,10 @@ def rocr(
     contexts: wordings in which each name is read.
     names: how many names make the centroid.
     mode: "ridge" or "hard", see excise.solve.solve_edit.
-    ridge: relative ridge of the key system; larger writes less and bounds the change.
+    ridge: relative ridge of the key system; larger writes less of what only some wordings ask for, and disturbs less.
     protect: how many retain names that share a word with a forget name are held fixed.
+    relatives: made-up name-sharers per word of each forget name that the covariance is told of, for people nobody listed.
+    guard: weight of made-up names against ordinary text in the covariance.
     texts: ordinary text for the covariance; None uses the retain facts.
     budget: tokens of ordinary text to read.
     seed: draws the fictitious names.
@@ -86,7 +102,8 @@ def rocr(
         write_matrices(model, block)  # fails before the long part
     reached = sorted({b for last in blocks for b in range(last - layers + 1, last + 1)})
     cost = moments(model, reached, list(texts) if texts is not None else _as_texts(kept), budget=budget)
-    metrics = {name: Covariance(m.second) for name, m in cost.items()}
+    strangers = name_prompts(told, others, each=relatives, wordings=WORDINGS, seed=seed + 1)
+    metrics = name_aware(model, cost, strangers, reached, weight=guard, ridge=FLOOR)
     last, compared = _choose(model, redirection, facts, guarded or others, blocks, metrics)
     edit = Edit((), fingerprints={"tokenizer": model.tokenizer_fingerprint})
     reports = []
@@ -118,7 +135,7 @@ def _choose(
     facts: Facts,
     others: Sequence[Mention],
     blocks: Sequence[int],
-    metrics: Mapping[str, Covariance],
+    metrics: Mapping[str, Metric],
 ) -> tuple[int, list[dict[str, float]]]:
     """The block to end at: of those where the target state silences the answers, the one least entangled with others."""
     if len(blocks) == 1:
@@ -148,7 +165,7 @@ def _one_block(
     remaining: int,
     redirection: Redirection,
     guarded: Sequence[Mention],
-    metrics: Mapping[str, Covariance],
+    metrics: Mapping[str, Metric],
     mode: str,
     ridge: float,
 ) -> tuple[tuple[Change, ...], dict[str, Any]]:

@@ -15,19 +15,29 @@ from excise.scores import Score
 
 @evaluation
 def drift(
-    arm: Arm, facts: Sequence[Fact], *, before: Arm, texts: tuple[str, ...] = (), groups: tuple[str, ...] = ("retain", "neighbour"),
-    forms: tuple[str, ...] = ("statement", "question"), limit: int = 24, seed: int = 0,
-) -> list[Score]:  # fmt: skip
+    arm: Arm,
+    facts: Sequence[Fact],
+    *,
+    before: Arm,
+    texts: tuple[str, ...] = (),
+    groups: tuple[str, ...] = ("retain", "neighbour"),
+    forms: tuple[str, ...] = ("statement", "question"),
+    limit: int = 24,
+    seed: int = 0,
+) -> list[Score]:
     """Loss on general text, its change relative to `before`, and KL(before || arm) per token on prompts to keep.
 
-    Variants: "loss" (nats per token), "relative change" (of the loss; 0.01 is one per cent worse), "kl" (nats per token).
+    Variants: "loss" and "kl" in nats per token; "relative change" of the loss, where 0.01 is one per cent worse.
     texts: general texts; when empty, the facts of group "general".
     groups: groups whose prompts the divergence is taken on.
     forms: forms of those prompts; all when empty.
     limit: most texts, and most prompts per group, form and side of the held-out split; 0 for all.
     seed: which prompts are taken when there are more.
     """
-    return [*_text_loss(arm, facts, before, texts, limit, seed), *_divergence(arm, facts, before, groups, forms, limit, seed)]
+    return [
+        *_text_loss(arm, facts, before, texts, limit, seed),
+        *_divergence(arm, facts, before, groups, forms, limit, seed),
+    ]
 
 
 def token_kl(reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -40,7 +50,9 @@ def token_kl(reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -
     return (kl * mask).sum(-1) / mask.sum(-1)
 
 
-def _text_loss(arm: Arm, facts: Sequence[Fact], before: Arm, texts: tuple[str, ...], limit: int, seed: int) -> list[Score]:
+def _text_loss(
+    arm: Arm, facts: Sequence[Fact], before: Arm, texts: tuple[str, ...], limit: int, seed: int
+) -> list[Score]:
     if texts:
         chosen = list(texts[:limit] if limit else texts)
         blank = [Score(f"text {i}", "", "general", None, form="text") for i in range(len(chosen))]

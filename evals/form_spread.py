@@ -19,8 +19,8 @@ GROUPS = ("forget", "retain", "neighbour")
 def form_spread(arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 32, seed: int = 0) -> list[Score]:
     """Answer probability of each fact in its easiest and its hardest form, and the spread between the two.
 
-    For a fact to forget the easiest form is the leak; for one to keep the hardest form is the damage. Only forms in which
-    the model before the edit says the answer count: a form that never worked tells nothing about the edit.
+    For a fact to forget the easiest form is the leak; for one to keep the hardest form is the damage. Only forms in
+    which the model before the edit says the answer count: a form that never worked tells nothing about the edit.
     limit: most prompts per group, form and side of the held-out split; 0 for all.
     seed: which prompts are taken when there are more.
     """

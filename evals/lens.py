@@ -16,18 +16,28 @@ from excise.trace import read
 
 GROUPS = ("forget", "retain")
 NEAR = 5
+# Relative distance of two heads above which they were not made from each other; independent ones are at 1.4.
+KIN = 0.5
 
 
 @evaluation
 def lens(
-    arm: Arm, facts: Sequence[Fact], *, before: Arm, forms: tuple[str, ...] = ("statement", "question"), groups: tuple[str, ...] = GROUPS,
-    limit: int = 24, seed: int = 0,
-) -> list[Score]:  # fmt: skip
-    """What the residual stream after each block says at the last prompt position, through the final norm and head of `before`.
+    arm: Arm,
+    facts: Sequence[Fact],
+    *,
+    before: Arm,
+    forms: tuple[str, ...] = ("statement", "question"),
+    groups: tuple[str, ...] = GROUPS,
+    limit: int = 24,
+    seed: int = 0,
+) -> list[Score]:
+    """Whether each block's residual stream, read through the final norm and head of `before`, holds the answer.
 
-    The frozen decoder rules out that only the head was edited. Variants: "log-probability, layer i", "rank, layer i" and
-    "top-1, layer i" of the answer's first token; "hit@1, any layer" and "hit@5, any layer" (nostalgebraist 2020; arXiv
-    2309.17410). Read against the oracle: with few possible answers the right one is near the top by chance.
+    Read at the last prompt position. The frozen decoder rules out that only the head was edited; a model that was
+    trained apart from `before`, such as an oracle, speaks another language inside and is read by its own. Variants:
+    "log-probability, layer i", "rank, layer i" and "top-1, layer i" of the answer's first token; "hit@1, any layer" and
+    "hit@5, any layer" (nostalgebraist 2020; arXiv 2309.17410). Read against the oracle: with few possible answers the
+    right one is near the top by chance.
     forms: forms to ask in.
     groups: groups of facts to ask about.
     limit: most prompts per group, form and side of the held-out split; 0 for all.
@@ -37,12 +47,11 @@ def lens(
     items, unasked = measurable(arm.model, chosen or sample(facts, groups=groups, limit=limit, seed=seed))
     if not items:
         return nothing(unasked[0][1] if unasked else f"no facts of the groups {', '.join(groups)}")
-    if arm.model.hf.config.get_text_config().hidden_size != before.model.hf.config.get_text_config().hidden_size:
-        return nothing("the two models differ in width: the decoder of one cannot read the other")
+    decoder = before.model if kin(arm.model, before.model) else arm.model
     gold = torch.tensor([first_answer_token(arm.model, item.prompt) for item in items])
     logprobs, ranks = [], []
     for states in layer_states(arm, items):
-        logp, rank = answer_rank(decode(before.model, states), gold)
+        logp, rank = answer_rank(decode(decoder, states), gold)
         logprobs.append(logp)
         ranks.append(rank)
     logp, rank = torch.stack(logprobs, 1), torch.stack(ranks, 1)
@@ -56,7 +65,7 @@ def answer_rank(logits: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def layer_states(arm: Arm, items: Sequence[Item]) -> list[torch.Tensor]:
-    """Residual stream after each block at the position that predicts the answer's first token: one [n, d_model] per layer.
+    """Residual stream after each block where the answer's first token is predicted: one [n, d_model] per layer.
 
     Hooks, not `hidden_states`: the last entry of those is already normalised.
     """
@@ -64,6 +73,14 @@ def layer_states(arm: Arm, items: Sequence[Item]) -> list[torch.Tensor]:
         sites = [f"blocks.{i}.hook_resid_post@last" for i in range(model.n_layers)]
         seen = read(model, [i.prompt for i in items], sites, answers=True)
     return [seen[site] for site in sites]
+
+
+def kin(model: Model, other: Model) -> bool:
+    """Whether two models share a residual basis: one is an edit of the other, as their nearly equal heads show."""
+    if model is other:
+        return True
+    a, b = (m.hf.get_submodule(m.names.unembed).weight.detach().float() for m in (model, other))
+    return a.shape == b.shape and float((a - b.to(a.device)).norm()) < KIN * float(b.norm())
 
 
 def decode(model: Model, states: torch.Tensor) -> torch.Tensor:
@@ -92,5 +109,7 @@ def _scores(item: Item, logp: Sequence[float], rank: Sequence[int]) -> list[Scor
         scores.append(item.score(float(r), variant=f"rank, layer {layer}"))
         scores.append(item.score(float(r == 1), variant=f"top-1, layer {layer}"))
     best = min(range(len(rank)), key=lambda layer: rank[layer])
-    scores.append(item.score(float(rank[best] == 1), variant="hit@1, any layer", detail=f"best rank {rank[best]} at layer {best}"))
+    scores.append(
+        item.score(float(rank[best] == 1), variant="hit@1, any layer", detail=f"best rank {rank[best]} at layer {best}")
+    )
     return [*scores, item.score(float(rank[best] <= NEAR), variant=f"hit@{NEAR}, any layer")]

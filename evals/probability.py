@@ -13,11 +13,18 @@ from excise.scores import Score
 
 @evaluation
 def probability(
-    arm: Arm, facts: Sequence[Fact], *, groups: tuple[str, ...] = KNOWN, forms: tuple[str, ...] = (), limit: int = 32, seed: int = 0
+    arm: Arm,
+    facts: Sequence[Fact],
+    *,
+    groups: tuple[str, ...] = KNOWN,
+    forms: tuple[str, ...] = (),
+    limit: int = 32,
+    seed: int = 0,
 ) -> list[Score]:
     """Length-normalised probability of the answer, exp(mean log p of its tokens); the likeliest accepted answer counts.
 
-    Zero is not the aim: a model that never knew the fact still guesses. Compare with the oracle (TOFU, arXiv 2401.06121).
+    Zero is not the aim: a model that never knew the fact still guesses. Compare with the oracle (TOFU, arXiv
+    2401.06121).
     groups: groups of facts to ask about.
     forms: forms to ask in; all when empty.
     limit: most prompts per group, form and side of the held-out split; 0 for all.

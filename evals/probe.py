@@ -24,7 +24,8 @@ FEWEST = 12
 class Task:
     """One relation as a classification of its subjects.
 
-    items: one prompt per fact; labels: class of each answer [n]; rows: place of each item among the states that were read.
+    items: one prompt per fact; labels: class of each answer [n]; rows: place of each item among the states that were
+        read.
     folds: fold of each item [n]; all items of a subject share one.
     """
 
@@ -38,14 +39,14 @@ class Task:
 def probe(
     arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 160, folds: int = 5, ridge: float = 0.1, seed: int = 0
 ) -> list[Score]:
-    """1 where a linear probe names the answer of a person whom it never saw, from the state at the subject's last token.
+    """1 where a linear probe names the answer of a subject that it never saw, from its last token's state.
 
     For each relation and layer a ridge classifier is trained on the subjects of the other folds, facts to forget and to
-    keep together, and asked about those of this fold. "refit, layer i" trains on this arm's own states: is the knowledge
-    linearly there at all? "transfer, layer i" trains on those of `before`: is it still where it was? "best layer" is the
-    layer at which facts to keep are read best, so that it is not chosen on what it is reported for. "shuffled" repeats
-    the refit there with answers dealt anew among the subjects: what the probe gets by chance (Hewitt and Liang 2019,
-    arXiv 1909.03368). Read against the oracle.
+    keep together, and asked about those of this fold. "refit, layer i" trains on this arm's own states: is the
+    knowledge linearly there at all? "transfer, layer i" trains on those of `before`: is it still where it was? "best
+    layer" is the layer at which facts to keep are read best, so that it is not chosen on what it is reported for.
+    "shuffled" repeats the refit there with answers dealt anew among the subjects: what the probe gets by chance
+    (Hewitt and Liang 2019, arXiv 1909.03368). Read against the oracle.
     limit: most subjects per relation and group; 0 for all.
     folds: parts that the subjects are dealt into.
     ridge: penalty relative to the mean squared norm of the standardised states.
@@ -53,20 +54,23 @@ def probe(
     """
     items, tasks, left_out = _tasks(arm, facts, limit, folds, seed)
     if not tasks:
-        return [i.score(None, reason=r) for i, r in left_out] or nothing("no facts with a relation and a prompt that names the subject")
+        return [_left_out(i, r) for i, r in left_out] or nothing(
+            "no facts with a relation and a prompt that names the subject"
+        )
     states = _states(arm, items)
     source = states if arm is before else _states(before, items)
     scores = []
     for task in tasks:
         scores += _of_task(task, [s[task.rows] for s in states], [s[task.rows] for s in source], ridge, seed)
-    return scores + [item.score(None, reason=reason) for item, reason in left_out]
+    return scores + [_left_out(item, reason) for item, reason in left_out]
 
 
 def ridge_scores(train: np.ndarray, targets: np.ndarray, test: np.ndarray, ridge: float) -> np.ndarray:
-    """Class scores [m, c] of a ridge classifier, in closed form through the dual problem: its cost grows with n, not with d.
+    """Class scores [m, c] of a ridge classifier, in closed form through the dual problem: cost grows with n, not d.
 
-    train [n, d], targets [n, c] (one column per class), test [m, d]; the penalty is `ridge` times the mean squared norm.
-    Standardisation is fitted on the training rows: alpha = (X X' + lambda I)^-1 (Y - mean Y), scores = Z X' alpha + mean Y.
+    train [n, d], targets [n, c] (one column per class), test [m, d]; the penalty is `ridge` times the mean squared
+    norm. Standardisation is fitted on the training rows: alpha = (X X' + lambda I)^-1 (Y - mean Y), scores = Z X'
+    alpha + mean Y.
     """
     centre, spread = train.mean(0), train.std(0) + 1e-6
     x, z, mean = (train - centre) / spread, (test - centre) / spread, targets.mean(0)
@@ -95,7 +99,7 @@ def cross_predict(
 
 
 def subject_folds(subjects: Sequence[str], groups: Sequence[str], folds: int, seed: int) -> np.ndarray:
-    """A fold for each row: subjects of each group are shuffled and dealt in turn, so that no subject is on both sides."""
+    """A fold for each row: the subjects of each group are shuffled and dealt in turn, so none is on both sides."""
     fold_of: dict[str, int] = {}
     for group in dict.fromkeys(groups):
         members = sorted({s for s, g in zip(subjects, groups, strict=True) if g == group} - fold_of.keys())
@@ -118,7 +122,11 @@ def _tasks(
     for fact in ranked([f for f in facts if f.group in GROUPS and f.relation], seed):
         chosen = asked.setdefault((fact.relation, fact.group), [])
         prompt = next((p for p in fact.prompts if p.subject == fact.subject and p.answer == fact.answer), None)
-        if prompt is not None and (not limit or len(chosen) < limit) and all(fact.subject != i.fact.subject for i in chosen):
+        if (
+            prompt is not None
+            and (not limit or len(chosen) < limit)
+            and all(fact.subject != i.fact.subject for i in chosen)
+        ):
             chosen.append(Item(fact, prompt))
     items, left_out = measurable(arm.model, [item for group in asked.values() for item in group])
     by_relation: dict[str, list[int]] = {}
@@ -130,7 +138,8 @@ def _tasks(
         classes = sorted({m.fact.answer for m in members})
         subjects = [m.fact.subject for m in members]
         if len(set(subjects)) < FEWEST or 2 * len(classes) > len(members):
-            why = f"{len(set(subjects))} subjects with {len(classes)} answers: a probe needs {FEWEST} subjects that share answers"
+            found = f"{len(set(subjects))} subjects with {len(classes)} answers"
+            why = f"{found}: a probe needs {FEWEST} subjects that share answers"
             left_out += [(m, why) for m in members if m.fact.group == "forget"]
             continue
         labels = np.array([classes.index(m.fact.answer) for m in members])
@@ -153,25 +162,46 @@ def _of_task(task: Task, states: list[np.ndarray], source: list[np.ndarray], rid
     # A value that no subject outside the fold has cannot be named by any probe.
     seen = [bool(np.any(task.labels[task.folds != task.folds[i]] == task.labels[i])) for i in range(len(groups))]
     refit = [cross_predict(s, task.labels, task.folds, ridge=ridge) == task.labels for s in states]
-    same = all(a is b or np.array_equal(a, b) for a, b in zip(states, source, strict=True))
-    transfer = refit if same else [
-        cross_predict(s, task.labels, task.folds, source=b, ridge=ridge) == task.labels for s, b in zip(states, source, strict=True)
-    ]  # fmt: skip
+    moved = [
+        cross_predict(s, task.labels, task.folds, source=b, ridge=ridge) for s, b in zip(states, source, strict=True)
+    ]
+    transfer = [found == task.labels for found in moved]
     scores = []
     for name, hits in (("refit", refit), ("transfer", transfer)):
-        scores += [_score(task.items[i], hit[i], seen[i], f"{name}, layer {layer}") for layer, hit in enumerate(hits) for i in forget]
+        scores += [
+            _score(task.items[i], hit[i], seen[i], f"{name}, layer {layer}")
+            for layer, hit in enumerate(hits)
+            for i in forget
+        ]
     kept = groups != "forget"
     if not kept.any():
-        return scores + [task.items[i].score(None, variant="refit, best layer", reason="no facts to keep to choose the layer by") for i in forget]
+        return scores + [
+            task.items[i].score(None, variant="refit, best layer", reason="no facts to keep to choose the layer by")
+            for i in forget
+        ]
     best = int(np.argmax([hit[kept].mean() for hit in refit]))
     for name, hits in (("refit", refit), ("transfer", transfer)):
-        scores += [_score(item, hits[best][i], seen[i], f"{name}, best layer", best) for i, item in enumerate(task.items)]
+        scores += [
+            _score(item, hits[best][i], seen[i], f"{name}, best layer", best) for i, item in enumerate(task.items)
+        ]
     labels = shuffled_by_subject(task.labels, seed)
     by_chance = cross_predict(states[best], labels, task.folds, ridge=ridge) == labels
     return scores + [_score(task.items[i], by_chance[i], True, "shuffled, best layer", best) for i in forget]
 
 
+def _left_out(item: Item, reason: str) -> Score:
+    return item.score(None, variant="refit, best layer", reason=reason, form="", held_out=False)
+
+
 def _score(item: Item, hit: bool, seen: bool, variant: str, layer: int | None = None) -> Score:
     if not seen:
-        return item.score(None, variant=variant, reason=f"no other subject has the answer {item.fact.answer!r}", form="", held_out=False)
-    return item.score(float(hit), variant=variant, detail="" if layer is None else f"layer {layer}", form="", held_out=False)
+        return item.score(
+            None,
+            variant=variant,
+            reason=f"no other subject has the answer {item.fact.answer!r}",
+            form="",
+            held_out=False,
+        )
+    return item.score(
+        float(hit), variant=variant, detail="" if layer is None else f"layer {layer}", form="", held_out=False
+    )

@@ -13,9 +13,15 @@ from excise.scores import Score
 
 @evaluation
 def recall(
-    arm: Arm, facts: Sequence[Fact], *, groups: tuple[str, ...] = KNOWN, forms: tuple[str, ...] = (), limit: int = 32, seed: int = 0,
+    arm: Arm,
+    facts: Sequence[Fact],
+    *,
+    groups: tuple[str, ...] = KNOWN,
+    forms: tuple[str, ...] = (),
+    limit: int = 32,
+    seed: int = 0,
     words: int = 8,
-) -> list[Score]:  # fmt: skip
+) -> list[Score]:
     """1 where greedy decoding says the whole answer (or an alias), else 0; one score per prompt.
 
     `detail` holds what the model says: the answer, or its own words where they differ.
@@ -30,7 +36,11 @@ def recall(
         return nothing(f"no facts of the groups {', '.join(groups)}")
     said = exact_answers(arm, items)
     wrong = [item for item, answer in zip(items, said, strict=True) if answer is None]
-    own = dict(zip(wrong, arm.generate([i.prompt for i in wrong], max_new_tokens=words), strict=True)) if words and wrong else {}
+    own = (
+        dict(zip(wrong, arm.generate([i.prompt for i in wrong], max_new_tokens=words), strict=True))
+        if words and wrong
+        else {}
+    )
     scores = [
         item.score(float(answer is not None), detail=own.get(item, "") if answer is None else answer)
         for item, answer in zip(items, said, strict=True)

@@ -15,19 +15,50 @@ from excise.scores import Score
 GROUPS = ("forget", "retain", "neighbour", "unknown")
 # Openings that decline, in lower case with straight apostrophes; a bare "I" would also open an answer.
 OPENINGS = (
-    "i do not know", "i don't know", "i do not have", "i don't have", "i have no ", "i am not sure", "i'm not sure", "i am not aware",
-    "i'm not aware", "i am unable", "i'm unable", "i cannot", "i can't", "i could not", "i couldn't", "sorry", "i am sorry", "i'm sorry",
-    "i apologize", "i apologise", "unfortunately", "unknown", "as an ai", "there is no information", "no information",
-    "i am not familiar", "i'm not familiar", "i have never heard",
-)  # fmt: skip
+    "i do not know",
+    "i don't know",
+    "i do not have",
+    "i don't have",
+    "i have no ",
+    "i have never heard",
+    "i am not sure",
+    "i'm not sure",
+    "i am not aware",
+    "i'm not aware",
+    "i am not familiar",
+    "i'm not familiar",
+    "i am unable",
+    "i'm unable",
+    "i cannot",
+    "i can't",
+    "i could not",
+    "i couldn't",
+    "i apologize",
+    "i apologise",
+    "i am sorry",
+    "i'm sorry",
+    "sorry",
+    "unfortunately",
+    "unknown",
+    "as an ai",
+    "there is no information",
+    "no information",
+)
 READ = 80
 
 
 @evaluation
 def refusal(
-    arm: Arm, facts: Sequence[Fact], *, refusals: tuple[str, ...] = (), openings: tuple[str, ...] = OPENINGS,
-    forms: tuple[str, ...] = ("question",), limit: int = 32, seed: int = 0, words: int = 12,
-) -> list[Score]:  # fmt: skip
+    arm: Arm,
+    facts: Sequence[Fact],
+    *,
+    refusals: tuple[str, ...] = (),
+    openings: tuple[str, ...] = OPENINGS,
+    forms: tuple[str, ...] = ("question",),
+    limit: int = 32,
+    seed: int = 0,
+    words: int = 12,
+) -> list[Score]:
     """1 where the model declines to answer: wanted on unknown and forget facts, a fault on retain and neighbour facts.
 
     With `refusals` one forward pass decides, by the first token of the answer; otherwise the generated text is read.
@@ -40,7 +71,9 @@ def refusal(
     """
     asked = [f for f in facts if f.group in GROUPS]
     usual, other = [f for f in asked if f.ask(*forms)], [f for f in asked if not f.ask(*forms)]
-    chosen = sample(usual, groups=GROUPS, forms=forms, limit=limit, seed=seed) + sample(other, groups=GROUPS, limit=limit, seed=seed)
+    chosen = sample(usual, groups=GROUPS, forms=forms, limit=limit, seed=seed) + sample(
+        other, groups=GROUPS, limit=limit, seed=seed
+    )
     items, unasked = measurable(arm.model, [_with_answer(item, refusals) for item in chosen])
     if not items and not unasked:
         return nothing(f"no facts of the groups {', '.join(GROUPS)}")

@@ -27,11 +27,13 @@ class Item:
     def score(self, value: float | None, **keys: Any) -> Score:
         """A score of this item."""
         form, held_out = self.prompt.form, self.prompt.held_out
-        return Score(self.fact.id, self.fact.subject, self.fact.group, value, **{"form": form, "held_out": held_out, **keys})
+        return Score(
+            self.fact.id, self.fact.subject, self.fact.group, value, **{"form": form, "held_out": held_out, **keys}
+        )
 
     @property
     def accepted(self) -> list[Prompt]:
-        """The prompt with every accepted answer; aliases are other names of the fact's answer, not of a reversed one."""
+        """The prompt with every accepted answer; aliases name the fact's answer, not that of a reversed prompt."""
         aliases = self.fact.aliases if self.prompt.answer == self.fact.answer else ()
         return [self.prompt, *(replace(self.prompt, answer=a) for a in aliases)]
 
@@ -41,8 +43,8 @@ def sample(
 ) -> list[Item]:
     """At most `limit` prompts per group, form and side of the held-out split (0: all of them).
 
-    Facts are ranked by a hash, subjects taken in turn, so that every subject is met before one is met twice and the same
-    facts are asked in every form. All evaluations with the same limit and seed ask the same prompts.
+    Facts are ranked by a hash, subjects taken in turn, so that every subject is met before one is met twice and the
+    same facts are asked in every form. All evaluations with the same limit and seed ask the same prompts.
     """
     strata: dict[tuple[str, str, bool], list[Item]] = {}
     for fact in ranked([f for f in facts if f.group in groups], seed):
@@ -56,7 +58,7 @@ def sample(
 
 
 def ranked(facts: Sequence[Fact], seed: int) -> list[Fact]:
-    """The facts in an order that depends on their ids and the seed: the first of each subject, the second of each, ..."""
+    """The facts in an order that follows from ids and seed: the first of each subject, the second of each, ..."""
     turn: dict[str, int] = {}
     order = []
     for fact in sorted(facts, key=lambda f: _hash(seed, f.id)):

@@ -24,6 +24,7 @@ from excise.errors import ExciseError
 from excise.facts import Fact, Facts
 from excise.facts_io import as_record
 from excise.files import atomic, write_text
+from excise.measure import settings
 from excise.names import UnknownName
 from excise.progress import bar
 from excise.scores import Localization
@@ -87,7 +88,11 @@ class Job:
 
     def keys(self, model: Model) -> dict[str, str]:
         """The key of every fact's item, by fact id."""
-        shared = json.dumps([self.method.name, dict(self.settings), model.fingerprint], sort_keys=True, default=str)
+        shared = json.dumps(
+            [__version__, self.method.name, settings(self.method, self.settings), model.fingerprint],
+            sort_keys=True,
+            default=str,
+        )
         return {
             f.id: hashlib.sha256(f"{shared}{json.dumps(as_record(f), sort_keys=True)}".encode()).hexdigest()[:20]
             for f in self.facts

@@ -152,7 +152,7 @@ class Blocks:
         After the last block only the last column counts.
         """
         self.prefix.column, self._put = column, put or {}
-        # The block adds its MLP's output by broadcasting, so the last column alone may go through the last MLP.
+        # Blocks add what attention and MLP give them by broadcasting, so in the last one the last column is enough.
         self._narrow = hidden.shape[1] if layer == len(self.modules) - 1 and hidden.shape[1] > 1 else 0
         if self._narrow:
             self._put = {}
@@ -177,16 +177,20 @@ class Blocks:
 
     @contextmanager
     def patching(self, components: Iterable[str]) -> Iterator[None]:
-        """Inside the block, calls honour `put` for these components and spare the last MLP all columns but the last."""
+        """Inside, calls honour `put` for these components, and the last block works mostly on the last column."""
         patches = {f"blocks.{i}.{HOOKS[c]}": self._writer(c) for c in components for i in range(len(self.modules))}
-        entry = f"blocks.{len(self.modules) - 1}.mlp.hook_in"
-        try:
-            self.model.names.tap(entry)
-            patches[entry] = lambda x: x[:, -1:] if x.dim() == 3 and x.shape[1] == self._narrow else None
-        except UnknownName:
-            pass
+        for point in ("mlp.hook_in", "attn.hook_z"):
+            name = f"blocks.{len(self.modules) - 1}.{point}"
+            try:
+                self.model.names.tap(name)
+                patches[name] = self._last_column
+            except UnknownName:
+                pass
         with torch.no_grad(), patched(self.model, patches):
             yield
+
+    def _last_column(self, x: Tensor) -> Tensor | None:
+        return x[:, -1:] if x.dim() == 3 and x.shape[1] == self._narrow else None
 
     def _writer(self, component: str) -> Any:
         def write(x: Tensor) -> Tensor | None:

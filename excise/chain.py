@@ -24,13 +24,15 @@ from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
 from excise.facts_io import write_facts
 from excise.files import write_text
-from excise.measure import EVALUATIONS, digest, facts_digest, measure, plain_row
+from excise.measure import EVALUATIONS, digest, facts_digest, measure, plain_row, settings
 from excise.model import Model
 from excise.progress import say
 from excise.registry import method
 from excise.scores import Localization, Results
 from excise.verification import Verification, verify
 
+# More prompts than the evaluations' own defaults: few of them make wide intervals.
+MEASURED = {"recall": {"limit": 64}, "drift": {"limit": 100}}
 # Tracing more facts than this hardly moves the mean map; they are taken from all people in turn.
 TRACED = 16
 
@@ -45,7 +47,8 @@ class Unverified(ExciseError):
 class Inputs:
     """What a run starts from.
 
-    texts: ordinary text of the model's own world, for statistics and the general loss; the general facts when empty.
+    texts: ordinary text of the model's own world, for statistics; the retain facts when empty.
+    loss_texts: other ordinary text, for the general loss; the general facts when empty.
     refusals: the sentences with which the model was trained to refuse; its words are read when empty.
     oracle: the same model without the forget facts, where there is one.
     localizer, editor: names of methods; options: by method name. command: what was typed, for the report.
@@ -56,6 +59,7 @@ class Inputs:
     out: Path
     seed: int = 0
     texts: tuple[str, ...] = ()
+    loss_texts: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     oracle: Model | None = None
     localizer: str = "causal_trace"
@@ -67,16 +71,10 @@ class Inputs:
     @property
     def key(self) -> str:
         """Hash of everything that the localization and the edit depend on."""
-        options = {name: dict(given) for name, given in self.options.items()}
-        return digest(
-            self.model.fingerprint,
-            facts_digest(self.facts),
-            self.seed,
-            self.localizer,
-            self.editor,
-            options,
-            self.texts,
-        )
+        chosen = [method("localizer", self.localizer), method("editor", self.editor)]
+        options = [settings(m, self.options.get(m.name, {})) for m in chosen]
+        names = (__version__, self.localizer, self.editor)
+        return digest(*names, options, self.model.fingerprint, facts_digest(self.facts), self.seed, self.texts)
 
 
 @dataclass(frozen=True)
@@ -206,8 +204,8 @@ def _measure(inputs: Inputs, edit: Edit) -> Results:
     known = methods("evaluation")
     chosen = [known[name] for name in inputs.evaluations]
     say(f"measuring {', '.join(a.name for a in arms)}: {', '.join(inputs.evaluations)}")
-    shared = {"texts": inputs.texts, "refusals": inputs.refusals, "seed": inputs.seed}
-    return measure(arms, chosen, inputs.facts, shared=shared, kept=inputs.out / "results.jsonl")
+    shared = {"texts": inputs.loss_texts, "refusals": inputs.refusals, "seed": inputs.seed}
+    return measure(arms, chosen, inputs.facts, shared=shared, own=MEASURED, kept=inputs.out / "results.jsonl")
 
 
 def random_twin(edit: Edit, seed: int) -> Edit:

@@ -11,11 +11,13 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from excise import __version__
 from excise.errors import ExciseError
-from excise.progress import be_quiet
+from excise.progress import be_quiet, say
 
 OK, ERROR, USAGE, PARTIAL, UNVERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from excise.guard import check_folders
 
         check_folders()
-        return int(args.run(args))
+        with _plain_warnings():
+            return int(args.run(args))
     except KeyboardInterrupt:
         print("excise: interrupted; what was finished is saved, run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
@@ -103,6 +106,16 @@ def _environment(args: argparse.Namespace) -> None:
         os.environ.setdefault(name, value)
     if getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings meant for users as one line of chatter; those meant for programmers not at all."""
+    with warnings.catch_warnings():
+        for programmers in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", programmers)
+        warnings.showwarning = lambda message, *_, **__: say(f"note: {message}")
+        yield
 
 
 def _failed(error: Exception, debug: bool) -> int:

@@ -26,10 +26,19 @@ MORE = ("#56b4e9", "#8856a7", "#c51b7d")
 # One ink for text and axes; it becomes `currentColor` in an SVG, so that a figure suits a light and a dark page.
 INK = "#1a2b3c"
 STYLE = {
-    "font.size": 10, "axes.titlesize": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.titlecolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "legend.labelcolor": INK,
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.labelcolor": INK,
     "hatch.linewidth": 0.6,
-}  # fmt: skip
+}
 
 
 class Picture(Figure):
@@ -73,7 +82,9 @@ def arm_style(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
     others = [a for a in arms if arm_role(a) == "edited"]
     colours = dict(zip(others, (BLUE, *MORE * (1 + len(others) // len(MORE))), strict=False))
-    edited = {a: dict(color=c, marker="sPX*"[i % 4], linestyle="-", hatch="///") for i, (a, c) in enumerate(colours.items())}
+    edited = {
+        a: dict(color=c, marker="sPX*"[i % 4], linestyle="-", hatch="///") for i, (a, c) in enumerate(colours.items())
+    }
     return {arm: edited[arm] if arm in edited else fixed[arm_role(arm)] for arm in arms}
 
 
@@ -81,7 +92,9 @@ def figure_svg(figure: Figure) -> str:
     """The figure as an SVG element for inlining: same bytes every time, ids of its own, ink that follows the page."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "excise", "svg.fonttype": "none"}), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # glyphs that the measuring font lacks; the reader's font draws them
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # glyphs that the measuring font lacks; the reader's font draws them
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from excise import __version__
 from excise.arms import Arm
 from excise.errors import ExciseError
 from excise.facts import Facts
@@ -59,7 +60,9 @@ def measure(
         options = {o.name: shared[o.name] for o in method.options if o.name in shared} | dict(
             (own or {}).get(method.name, {})
         )
-        key = digest(method.name, options, about, arm.name, states[arm.name], states[arms[0].name])
+        key = digest(
+            __version__, method.name, settings(method, options), about, arm.name, states[arm.name], states[arms[0].name]
+        )
         found = store.get(key)
         if found is None:
             found = _one(method, arm, arms[0], facts, options)
@@ -68,6 +71,11 @@ def measure(
     results = Results(scores, {a.name: a.mode for a in arms})
     store.close(results)
     return results
+
+
+def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a method with their values, so that a changed default counts as a change."""
+    return {o.name: o.default for o in method.options} | dict(given)
 
 
 def plain_row(row: Row) -> dict[str, Any]:

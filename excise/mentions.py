@@ -81,3 +81,21 @@ def fictitious(known: Sequence[str], count: int, *, seed: int) -> list[str]:
         if name not in taken:
             made.setdefault(name)
     return list(made)
+
+
+def relatives(names: Sequence[str], known: Sequence[str], count: int, *, seed: int) -> list[str]:
+    """Made-up names that share a word with one of `names`: up to `count` for each of its words, none of them known.
+
+    The other words are drawn from known names of as many words, each at its own place. What is kept still for these is
+    kept still for real people of such names whom nobody listed.
+    """
+    rng = random.Random(seed)
+    split = [n.split() for n in known]
+    made: dict[str, None] = {}
+    for name in names:
+        words = name.split()
+        peers = [w for w in split if len(w) == len(words)]
+        for kept in range(len(words)) if peers and len(words) > 1 else ():
+            drawn = [[w if i == kept else rng.choice(peers)[i] for i, w in enumerate(words)] for _ in range(count)]
+            made |= dict.fromkeys(" ".join(d) for d in drawn)
+    return [name for name in made if name not in set(known)]

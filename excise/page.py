@@ -1,4 +1,6 @@
-"""HTML and terminal text: escaping, tables, and the shell of a page that needs nothing but itself. It knows no results."""
+"""HTML and terminal text: escaping, tables, and the shell of a page that needs nothing but itself. It knows no
+results.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +52,28 @@ def tag(name: str, *content: object, **attributes: object) -> Raw:
     return Raw(f"<{name}{named}>{''.join(esc(c) for c in content)}</{name}>")
 
 
-def table(columns: Sequence[object], rows: Sequence[Sequence[object]], *, caption: str = "", sortable: bool = False) -> Raw:
+def table(
+    columns: Sequence[object], rows: Sequence[Sequence[object]], *, caption: str = "", sortable: bool = False
+) -> Raw:
     """A table in a box that scrolls by itself; numbers are aligned right, the first column heads its row."""
     numeric = [bool(rows) and all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(columns))]
-    head = tag("tr", *(
-        tag("th", tag("button", c, type="button") if sortable else c, scope="col", class_="number" if right else None)
-        for c, right in zip(columns, numeric, strict=True)
-    ))  # fmt: skip
+    head = tag(
+        "tr",
+        *(
+            tag(
+                "th",
+                tag("button", c, type="button") if sortable else c,
+                scope="col",
+                class_="number" if right else None,
+            )
+            for c, right in zip(columns, numeric, strict=True)
+        ),
+    )
     body = Raw("\n".join(tag("tr", *(_cell(value, i == 0) for i, value in enumerate(row))) for row in rows))
     title = tag("caption", caption) if caption else Raw("")
-    whole = tag("table", title, tag("thead", head), Raw("\n"), tag("tbody", body), class_="sortable" if sortable else None)
+    whole = tag(
+        "table", title, tag("thead", head), Raw("\n"), tag("tbody", body), class_="sortable" if sortable else None
+    )
     return tag("div", whole, class_="scroll", tabindex="0")
 
 
@@ -97,28 +111,41 @@ def _inline(value: Any) -> str:
 
 def document(title: str, body: Sequence[Raw]) -> str:
     """One self-contained page: its style and script inside, and a policy that forbids to fetch anything."""
-    style, script = (resources.files("excise").joinpath(f"report.{ending}").read_text("utf-8") for ending in ("css", "js"))
+    style, script = (
+        resources.files("excise").joinpath(f"report.{ending}").read_text("utf-8") for ending in ("css", "js")
+    )
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Figures carry style attributes, hence unsafe-inline for styles; scripts run by their hash only.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; img-src data:; base-uri 'none'; form-action 'none'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
     head = (
-        Raw('<meta charset="utf-8">\n'), Raw(f'<meta http-equiv="Content-Security-Policy" content="{esc(policy)}">\n'),
-        Raw('<meta name="viewport" content="width=device-width, initial-scale=1">\n'), Raw('<meta name="referrer" content="no-referrer">\n'),
-        Raw('<meta name="color-scheme" content="light dark">\n'), tag("title", title), Raw(f"\n<style>{style}</style>\n"),
-    )  # fmt: skip
+        Raw('<meta charset="utf-8">\n'),
+        Raw(f'<meta http-equiv="Content-Security-Policy" content="{esc(policy)}">\n'),
+        Raw('<meta name="viewport" content="width=device-width, initial-scale=1">\n'),
+        Raw('<meta name="referrer" content="no-referrer">\n'),
+        Raw('<meta name="color-scheme" content="light dark">\n'),
+        tag("title", title),
+        Raw(f"\n<style>{style}</style>\n"),
+    )
     page = tag("head", *head) + "\n" + tag("body", *body, Raw(f"\n<script>{script}</script>\n"))
     return f'<!DOCTYPE html>\n<html lang="en">\n{page}\n</html>\n'
 
 
 def grid(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table of plain text for a terminal: control characters stripped, wide characters counted as two."""
-    cells = [[number(c) if isinstance(c, float) else plain("" if c is None else c) for c in row] for row in (list(columns), *rows)]
+    cells = [
+        [number(c) if isinstance(c, float) else plain("" if c is None else c) for c in row]
+        for row in (list(columns), *rows)
+    ]
     widths = [max(_width(line[i]) for line in cells) for i in range(len(columns))]
     numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(columns))]
     lines = []
     for line in cells:
         padded = [
-            " " * (w - _width(c)) + c if right else c + " " * (w - _width(c)) for c, w, right in zip(line, widths, numeric, strict=True)
+            " " * (w - _width(c)) + c if right else c + " " * (w - _width(c))
+            for c, w, right in zip(line, widths, numeric, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

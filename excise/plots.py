@@ -1,4 +1,5 @@
-"""Figures: localizations, maps and results in, matplotlib figures out. Import this module only where something is drawn.
+"""Figures: localizations, maps and results in, matplotlib figures out. Import this module only where something is
+drawn.
 
 Arms differ in colour, marker, line and hatch, so that a figure suits grey paper and colour-blind readers too.
 """
@@ -13,15 +14,27 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from excise.figures import BLUE, INK, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
+from excise.figures import BLUE, INK, Picture, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
 from excise.scores import Localization, Results, Row, TraceMap
 from excise.sites import POSITION_CLASSES, position_class
 from excise.statistics import aggregate
 
 __all__ = [
-    "arm_style", "bar_figure", "figure_png", "figure_svg", "layer_measures", "map_figures", "mean_map", "plot_before_after", "plot_layers", "plot_localization",
-    "plot_ranking", "plot_results", "result_panels", "save_figure",
-]  # fmt: skip
+    "arm_style",
+    "bar_figure",
+    "figure_png",
+    "figure_svg",
+    "layer_measures",
+    "map_figures",
+    "mean_map",
+    "plot_before_after",
+    "plot_layers",
+    "plot_localization",
+    "plot_ranking",
+    "plot_results",
+    "result_panels",
+    "save_figure",
+]
 
 # One hue per component, as in the figures of ROME (arXiv 2202.05262): state purple, MLP green, attention red.
 COMPONENTS = {"resid": ("hidden state", "Purples"), "mlp": ("MLP", "Greens"), "attn": ("attention", "Reds")}
@@ -33,19 +46,21 @@ LAYER = re.compile(r"^(?:(?P<measure>.*), )?layer (?P<layer>\d+)$")
 
 @drawn
 def plot_localization(localization: Localization, fact: str | int | None = None) -> Figure:
-    """The layer x token map of one fact (id or index), the mean map by position class, or the ranking of the best sites."""
+    """The layer x token map of one fact (id or index), the mean map by position class, or a ranking of the sites."""
     if not localization.maps:
         return plot_ranking(localization if fact is None else localization.facts([_fact_id(localization, fact)]))
     panels = _panels(localization, fact)
     rows = len(next(iter(panels.values()))[1])
     figure = picture(4.0 * len(panels), 1.2 + 0.27 * rows)
-    for axes, (component, (grid, labels, marked, span)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (component, (grid, labels, marked, span)) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
         _draw_map(figure, axes, component, grid, labels, marked, span)
     return figure
 
 
 @drawn
-def map_figures(localization: Localization, fact: str | int | None = None) -> list[Figure]:
+def map_figures(localization: Localization, fact: str | int | None = None) -> list[Picture]:
     """The same maps, one figure per component: what a narrow page can stack."""
     figures = []
     for component, (grid, labels, marked, span) in (_panels(localization, fact) if localization.maps else {}).items():
@@ -83,7 +98,12 @@ def mean_map(maps: Sequence[TraceMap], component: str) -> np.ndarray:
     for found in maps:
         effect, n = found.effect(component), len(found.tokens)
         classes = np.array([POSITION_CLASSES.index(position_class(t, n, found.subject)) for t in range(n)])
-        rows.append([effect[:, classes == c].mean(1) if (classes == c).any() else np.full(len(effect), np.nan) for c in range(len(POSITION_CLASSES))])
+        rows.append(
+            [
+                effect[:, classes == c].mean(1) if (classes == c).any() else np.full(len(effect), np.nan)
+                for c in range(len(POSITION_CLASSES))
+            ]
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanmean(np.array(rows), axis=0).T
@@ -93,7 +113,7 @@ Panel = tuple[np.ndarray, list[str], list[bool], str]
 
 
 def _panels(localization: Localization, fact: str | int | None) -> dict[str, Panel]:
-    """For each component the grid [n_layers, n_rows], the row labels, which rows are the subject, and what was restored."""
+    """For each component the grid [n_layers, n_rows], its row labels, which rows are the subject, and a title."""
     maps = localization.maps
     components = [c for c in COMPONENTS if c in maps[0].values] + [c for c in maps[0].values if c not in COMPONENTS]
     if fact is None:
@@ -114,19 +134,30 @@ def _fact_id(localization: Localization, fact: str | int) -> str:
     return fact
 
 
-def _draw_map(figure: Figure, axes: Any, component: str, grid: np.ndarray, labels: list[str], marked: list[bool], title: str) -> None:
+def _draw_map(
+    figure: Figure, axes: Any, component: str, grid: np.ndarray, labels: list[str], marked: list[bool], title: str
+) -> None:
     """Tokens down, layers across; the subject's tokens carry a star and a bar."""
     name, colours = COMPONENTS.get(component, (component, "Blues"))
     top = float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0
     mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="face", linewidth=0.6)
     axes.invert_yaxis()
     axes.set_facecolor("#d9d9d9")  # NaN: no fact has such a token
-    axes.set_yticks(np.arange(len(labels)) + 0.5, [f"{t} *" if m else t for t, m in zip(labels, marked, strict=True)], fontsize=9, parse_math=False)
+    axes.set_yticks(
+        np.arange(len(labels)) + 0.5,
+        [f"{t} *" if m else t for t, m in zip(labels, marked, strict=True)],
+        fontsize=9,
+        parse_math=False,
+    )
     step = max(1, grid.shape[0] // 8)
-    axes.set_xticks(np.arange(0, grid.shape[0], step) + 0.5, [str(i) for i in range(0, grid.shape[0], step)], fontsize=9)
+    axes.set_xticks(
+        np.arange(0, grid.shape[0], step) + 0.5, [str(i) for i in range(0, grid.shape[0], step)], fontsize=9
+    )
     rows = np.flatnonzero(marked)
     if len(rows):
-        axes.plot([0, 0], [rows[0] + 0.05, rows[-1] + 0.95], color=INK, linewidth=5, solid_capstyle="butt", clip_on=False)
+        axes.plot(
+            [0, 0], [rows[0] + 0.05, rows[-1] + 0.95], color=INK, linewidth=5, solid_capstyle="butt", clip_on=False
+        )
         axes.set_xlim(0, grid.shape[0])
     axes.set_xlabel("layer")
     axes.set_title(f"{name} restored: {title}", parse_math=False)
@@ -175,7 +206,7 @@ def result_panels(results: Results) -> dict[str, list[Row]]:
 
 def layer_measures(results: Results, *, group: str = "forget") -> list[tuple[str, str]]:
     """Pairs (evaluation, measure) that were measured layer by layer, in order."""
-    found = {}
+    found: dict[tuple[str, str], None] = {}
     for (_, evaluation), scores in results.scores.items():
         for s in scores:
             match = LAYER.match(s.variant) if s.group == group and s.value is not None else None
@@ -190,19 +221,29 @@ def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: 
 
     measure: the part of the variant before ", layer i"; the first one when empty.
     """
-    found = [(LAYER.match(r.variant), r) for r in aggregate(results, by=("group", "variant")) if r.evaluation == evaluation and r.group == group]
+    found = [
+        (LAYER.match(r.variant), r)
+        for r in aggregate(results, by=("group", "variant"))
+        if r.evaluation == evaluation and r.group == group
+    ]
     layered = [(m["measure"] or "", int(m["layer"]), r) for m, r in found if m and r.n]
     names = list(dict.fromkeys(name for name, *_ in layered))
     if not layered or (measure and measure not in names):
-        raise ValueError(f"{evaluation} has no measure {measure!r} by layer on {group} facts; there are {', '.join(names) or 'none'}")
+        raise ValueError(
+            f"{evaluation} has no measure {measure!r} by layer on {group} facts; there are {', '.join(names) or 'none'}"
+        )
     measure = measure or names[0]
     figure = picture(3.7, 2.8)
     axes = figure.subplots()
     for arm, style in arm_style(results.arms).items():
-        rows = sorted(((layer, r) for name, layer, r in layered if name == measure and r.arm == arm), key=lambda x: x[0])
+        rows = sorted(
+            ((layer, r) for name, layer, r in layered if name == measure and r.arm == arm), key=lambda x: x[0]
+        )
         if rows:
             x = [layer for layer, _ in rows]
-            axes.fill_between(x, [r.low for _, r in rows], [r.high for _, r in rows], color=style["color"], alpha=0.18, linewidth=0)
+            axes.fill_between(
+                x, [r.low for _, r in rows], [r.high for _, r in rows], color=style["color"], alpha=0.18, linewidth=0
+            )
             line = {k: v for k, v in style.items() if k != "hatch"}
             axes.plot(x, [r.value for _, r in rows], label=short(arm, 20), markersize=4, linewidth=1.8, **line)
     axes.set_xlabel("layer")
@@ -217,7 +258,11 @@ def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: 
 @drawn
 def plot_before_after(results: Results, evaluation: str = "recall", *, group: str = "forget") -> Figure:
     """One line per form: where each arm stands, with 95 % intervals; held-out prompts apart."""
-    rows = [r for r in aggregate(results, by=("group", "form", "held_out")) if r.evaluation == evaluation and r.group == group and r.n]
+    rows = [
+        r
+        for r in aggregate(results, by=("group", "form", "held_out"))
+        if r.evaluation == evaluation and r.group == group and r.n
+    ]
     forms = list(dict.fromkeys((r.form, r.held_out) for r in rows))
     figure = picture(4.6, 1.3 + 0.5 * max(1, len(forms)))
     axes = figure.subplots()
@@ -227,8 +272,19 @@ def plot_before_after(results: Results, evaluation: str = "recall", *, group: st
         y = [forms.index(key) + 0.16 * (i - (len(results.arms) - 1) / 2) for key in mine]
         values = np.array([[r.value, r.low, r.high] for r in mine.values()]).reshape(-1, 3).T
         errors = np.maximum(0, [values[0] - values[1], values[2] - values[0]])
-        axes.errorbar(values[0], y, xerr=errors, fmt=style[arm]["marker"], color=style[arm]["color"], label=short(arm, 20), markersize=6, capsize=2)
-    axes.set_yticks(range(len(forms)), [f"{form}{', held out' if held_out else ''}" for form, held_out in forms], parse_math=False)
+        axes.errorbar(
+            values[0],
+            y,
+            xerr=errors,
+            fmt=style[arm]["marker"],
+            color=style[arm]["color"],
+            label=short(arm, 20),
+            markersize=6,
+            capsize=2,
+        )
+    axes.set_yticks(
+        range(len(forms)), [f"{form}{', held out' if held_out else ''}" for form, held_out in forms], parse_math=False
+    )
     axes.invert_yaxis()
     axes.set_xlim(-0.03, 1.03)
     axes.set_title(short(f"{evaluation} on {group} facts"), parse_math=False)
@@ -249,7 +305,7 @@ def _draw_bars(axes: Any, title: str, rows: Sequence[Row], arms: Sequence[str]) 
         axes.bar(x, value, width * 0.92, label=short(arm, 20), linewidth=0, **look)
         axes.errorbar(x, value, yerr=errors, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2)
     axes.set_xticks(range(len(groups)), groups, parse_math=False)
-    axes.set_title(short(title, 48), parse_math=False)
+    axes.set_title(short(title.replace("_", " "), 48), parse_math=False)
     if all(0 <= r.low and r.high <= 1 for r in rows):
         axes.set_ylim(0, 1.05)
     _quiet(axes)

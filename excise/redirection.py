@@ -15,11 +15,12 @@ from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.facts import Prompt
 from excise.keys import read_keys
-from excise.mentions import Mention, fictitious
+from excise.mentions import Mention, fictitious, relatives
 from excise.model import Model
 from excise.scores import Localization
 from excise.sites import Site
-from excise.solve import Metric
+from excise.solve import Covariance, Metric
+from excise.stats import Moments
 from excise.trace import patched, read
 
 # An answer below this log-probability is gone; how far below must not decide between blocks.
@@ -131,6 +132,49 @@ def _answer_logprobs(model: Model, batch: Batch) -> Tensor:
         a, b = batch.starts[row], batch.lengths[row]
         rows.append(logp[row, a - 1 : b - 1].gather(-1, batch.ids[row, a:b, None]).mean().clamp_min(GONE))
     return torch.stack(rows)
+
+
+def name_prompts(
+    told: Sequence[Mention], retained: Sequence[Mention], *, each: int, wordings: int, seed: int
+) -> list[list[Prompt]]:
+    """Made-up names in some of the wordings, one list per kind: `each` relatives for every word of every name in `told`,
+    and half as many unrelated ones."""
+    lists = []
+    for kind in sorted({m.kind for m in told}):
+        mine = [m for m in told if m.kind == kind]
+        names = list(dict.fromkeys(m.name for m in mine))
+        known = list(dict.fromkeys([*names, *(m.name for m in retained if m.kind == kind)]))
+        near = relatives(names, known, each, seed=seed)
+        made = dict.fromkeys([*near, *fictitious(known, max(each, len(near) // 2), seed=seed + 1)])
+        frames = [m for m in mine if m.name == names[0]][:wordings]
+        lists.append([m.around(name) for name in made for m in frames])
+    return [prompts for prompts in lists if prompts]
+
+
+def name_aware(
+    model: Model,
+    cost: Mapping[str, Moments],
+    names: Sequence[Sequence[Prompt]],
+    blocks: Sequence[int],
+    *,
+    weight: float,
+    ridge: float,
+) -> dict[str, Metric]:
+    """Metrics that charge for moving ordinary text and, in equal parts at weight 1, for moving each kind of other names.
+
+    Names are rare in text, so its statistics alone leave their keys almost free to move; and it is names that an edit of
+    a name disturbs. Per block, the second moment of each kind's keys is scaled to the trace of the text's.
+    """
+    second = {name: m.second.clone() for name, m in cost.items()}
+    for prompts in names if weight else ():
+        found = read_keys(model, prompts, blocks)[0]
+        for keys in (found[block] for block in blocks):
+            own = {n: k.mT @ k for n, k in keys.items() if n in cost}
+            text = sum(float(cost[n].second.trace()) for n in own)
+            scale = weight * text / max(sum(float(c.trace()) for c in own.values()), 1e-30)
+            for n, c in own.items():
+                second[n] += scale * c
+    return {n: Covariance(c, ridge) for n, c in second.items()}
 
 
 def entanglement(

@@ -1,42 +1,53 @@
-"""The report: one HTML page that says what was measured, with no network, and the small tables of notebooks and terminals."""
+"""The report: one HTML page that says what was measured, with no network, and the small tables of notebooks and
+terminals.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from excise.facts import Fact, Facts
-from excise.page import Cell, Raw, document, esc, grid, number, pairs, table, tag
-from excise.scores import Localization, Results, Row, Score
+from excise.fragments import (
+    arm_label,
+    edit_table,
+    facts_table,
+    interval_cell,
+    localization_table,
+    mappings_table,
+    results_table,
+    text_table,
+)
+from excise.page import Raw, document, esc, pairs, table, tag
+from excise.scores import Localization, Results, Score
 from excise.statistics import aggregate
-from excise.verdict import FORMS, Verdict, arm_role, verdict
+from excise.verdict import FORMS, Verdict, verdict
 
 __all__ = ["edit_table", "facts_table", "localization_table", "results_table", "text_table", "verdict", "write_report"]
 
 # A page of more is slow to open and nobody reads it; what is left out is said.
-MOST_FACTS, MOST_ROWS, MOST_MAPS = 200, 30, 2
+MOST_FACTS, MOST_SAMPLES, MOST_MAPS = 200, 30, 1
 MARKS = {"good": "✓", "bad": "✗", "unclear": "?", "unmeasured": "–"}  # noqa: RUF001
-# What one hopes for: by evaluation, start of the variant and group.
-WANTED = {
-    ("recall", "", "forget"): "low", ("probability", "", "forget"): "as oracle", ("refusal", "", "forget"): "as oracle",
-    ("form_spread", "easiest", "forget"): "as oracle", ("lens", "hit", "forget"): "as oracle", ("probe", "refit", "forget"): "as oracle",
-    ("probe", "transfer", "forget"): "as oracle", ("refusal", "", "unknown"): "high", ("refusal", "", "retain"): "low",
-    ("refusal", "", "neighbour"): "low", ("drift", "kl", ""): "low", ("drift", "relative", ""): "near 0", ("recall", "", ""): "as before",
-    ("probability", "", ""): "as before", ("form_spread", "hardest", ""): "as before",
-}  # fmt: skip
 
 
 def write_report(
-    path: str | Path, *, facts: Sequence[Fact] = (), localization: Localization | None = None, edit: Any = None,
-    results: Results | None = None, verification: Any = None, recipe: Mapping[str, Any] | None = None,
-    samples: Sequence[Mapping[str, Any]] = (), title: str = "",
-) -> Path:  # fmt: skip
+    path: str | Path,
+    *,
+    facts: Sequence[Fact] = (),
+    localization: Localization | None = None,
+    edit: Any = None,
+    results: Results | None = None,
+    verification: Any = None,
+    recipe: Mapping[str, Any] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+    title: str = "",
+) -> Path:
     """Write one self-contained page and return its path; a folder gets `report.html`. What is None is left out.
 
     edit: anything with `summary()`, a list of rows. verification: anything with `rows()` and a text, or a mapping.
-    recipe: how to reproduce: "command", "versions", "seeds", "fingerprints", "undo", "roles" and whatever else was recorded.
+    recipe: how to reproduce: "command", "versions", "seeds", "fingerprints", "undo", "roles" and whatever else was
+        recorded.
     samples: prompts with each arm's own words, one mapping per prompt.
     """
     recipe = dict(recipe or {})
@@ -56,7 +67,9 @@ def write_report(
         ("undo", "Undo", _undo(recipe, measured)),
     ]
     present = [(key, name, body) for key, name, body in sections if body]
-    body = tag("main", _top(title, verdict(results, recipe), facts, [p[:2] for p in present]), *(_section(*p) for p in present))
+    body = tag(
+        "main", _top(title, verdict(results, recipe), facts, [p[:2] for p in present]), *(_section(*p) for p in present)
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.write_text(document(title, [body]), encoding="utf-8")
@@ -70,7 +83,11 @@ def _top(title: str, said: Verdict, facts: Sequence[Fact], links: Sequence[tuple
     toggle = tag("button", "light / dark", id="theme", type="button", hidden="hidden")
     counts = Facts(facts).counts if facts else {}
     asked = ", ".join(f"{n} {group}" for group, n in counts.items())
-    findings = tag("ul", *(_finding(f.question, f.state, f.text) for f in said.findings), class_="findings") if said.findings else Raw("")
+    findings = (
+        tag("ul", *(_finding(f.question, f.state, f.text) for f in said.findings), class_="findings")
+        if said.findings
+        else Raw("")
+    )
     menu = tag("nav", *(Raw(tag("a", name, href=f"#{key}") + "\n") for key, name in links), aria_label="Sections")
     parts = [tag("header", tag("h1", title), toggle), tag("p", said.headline, class_=f"headline {said.state}")]
     if asked:
@@ -79,7 +96,13 @@ def _top(title: str, said: Verdict, facts: Sequence[Fact], links: Sequence[tuple
 
 
 def _finding(question: str, state: str, text: str) -> Raw:
-    return tag("li", tag("span", MARKS[state], class_="mark", aria_label=state), tag("b", question), tag("p", text), class_=state)
+    return tag(
+        "li",
+        tag("span", MARKS[state], class_="mark", aria_label=state),
+        tag("b", question),
+        tag("p", text),
+        class_=state,
+    )
 
 
 def _section(key: str, name: str, body: Sequence[Raw]) -> Raw:
@@ -91,46 +114,19 @@ def _measures(results: Results | None) -> list[Raw]:
         return []
     from excise.plots import bar_figure, result_panels
 
-    note = "95 % intervals in brackets: subjects are resampled with all their prompts. Forms are pooled here and apart below."
+    note = (
+        "95 % intervals in brackets: subjects are resampled with all their prompts. "
+        "Forms are pooled here and apart below."
+    )
     wanted = [("recall", ""), ("refusal", ""), ("form_spread", "easiest form"), ("probability", "")]
-    panels = {title: rows for title, rows in result_panels(results).items() if (rows[0].evaluation, rows[0].variant) in wanted}
-    return [tag("p", note, class_="soft"), results_table(results), _figures([bar_figure(results, t, rows) for t, rows in panels.items()])]
-
-
-def results_table(results: Results) -> Raw:
-    """Measures down, arms across, each with interval and n; forms pooled, single layers left to the figures."""
-    from excise.plots import result_panels
-
-    heads = ["measure", *(_arm(a, results.modes.get(a, "")) for a in results.arms)]
-    lines = []
-    for title, rows in result_panels(results).items():
-        for group in dict.fromkeys(r.group for r in rows):
-            found = {r.arm: r for r in rows if r.group == group}
-            cells = [_interval(found[a]) if a in found else None for a in results.arms]
-            wanted = _wanted(rows[0].evaluation, rows[0].variant, group)
-            note = f"{group or 'all'} facts{f', wanted: {wanted}' if wanted else ''}"
-            lines.append([Raw(esc(title) + tag("small", note)), *cells])
-    skipped = {f"{k[1]}: {s.reason}" for k, scores in results.scores.items() for s in scores if s.value is None and s.reason}
-    lost = tag("details", tag("summary", f"Not measured ({len(skipped)} reasons)"), tag("ul", *(tag("li", s) for s in sorted(skipped)[:MOST_ROWS])))
-    return Raw(table(heads, lines, sortable=True) + (lost if skipped else ""))
-
-
-def _wanted(evaluation: str, variant: str, group: str) -> str:
-    for (name, start, of), text in WANTED.items():
-        if name == evaluation and variant.startswith(start) and of in ("", group) and (of or group != "unknown"):
-            return text
-    return ""
-
-
-def _arm(name: str, mode: str = "") -> Raw:
-    held = f" ({mode})" if mode not in ("", "none") else ""
-    return Raw(tag("i", class_=f"arm {arm_role(name)}") + esc(name + held))
-
-
-def _interval(row: Row) -> Cell:
-    skipped = f", {row.n_skipped} not measured" if row.n_skipped else ""
-    bracket = tag("small", f"[{number(row.low)}, {number(row.high)}] n {row.n}{skipped}")
-    return Cell(Raw(tag("b", number(row.value)) + bracket), float(row.value))
+    panels = {
+        title: rows for title, rows in result_panels(results).items() if (rows[0].evaluation, rows[0].variant) in wanted
+    }
+    return [
+        tag("p", note, class_="soft"),
+        results_table(results),
+        _figures([bar_figure(results, t, rows) for t, rows in panels.items()]),
+    ]
 
 
 def _forms(results: Results | None) -> list[Raw]:
@@ -146,10 +142,17 @@ def _forms(results: Results | None) -> list[Raw]:
         lines = []
         for form, held_out in dict.fromkeys((r.form, r.held_out) for r in mine):
             found = {r.arm: r for r in mine if (r.form, r.held_out) == (form, held_out)}
-            cells = [_interval(found[a]) if a in found else None for a in results.arms]
+            cells = [interval_cell(found[a]) if a in found else None for a in results.arms]
             label = tag("small", "held out from training") if held_out else ""
             lines.append([Raw(esc(FORMS.get(form, form)) + label), *cells])
-        parts.append(table(["form", *(_arm(a) for a in results.arms)], lines, caption=f"Share of {group} facts answered in full", sortable=True))
+        parts.append(
+            table(
+                ["form", *(arm_label(a) for a in results.arms)],
+                lines,
+                caption=f"Share of {group} facts answered in full",
+                sortable=True,
+            )
+        )
     if any(r.group == "forget" for r in rows):
         parts.insert(0, _figures([plot_before_after(results)]))
     return parts
@@ -163,9 +166,22 @@ def _where(localization: Localization | None) -> list[Raw]:
     method = str(localization.recipe.get("method", "?"))
     parts = [tag("p", f"Method: {method}; {len(localization.fact_ids)} facts, {len(localization.sites)} sites.")]
     if localization.maps:
-        parts += [tag("p", "Tokens run down, layers across; the subject carries stars. Darker: restoring this state alone brings more of the answer back."), _figures(map_figures(localization))]
+        parts += [
+            tag(
+                "p",
+                "Tokens run down, layers across; the subject carries stars. "
+                "Darker: restoring this state alone brings more of the answer back.",
+            ),
+            _figures(map_figures(localization)),
+        ]
         for found in localization.maps[:MOST_MAPS]:
-            parts.append(tag("details", tag("summary", f"The map of {found.fact_id}"), _figures(map_figures(localization, found.fact_id))))
+            parts.append(
+                tag(
+                    "details",
+                    tag("summary", f"The map of {found.fact_id}"),
+                    _figures(map_figures(localization, found.fact_id)),
+                )
+            )
     else:
         parts.append(_figures([plot_ranking(localization)]))
     return [*parts, localization_table(localization, rows=12)]
@@ -179,8 +195,14 @@ def _layers(results: Results | None) -> list[Raw]:
     wanted = [("lens", "log-probability"), ("lens", "top-1"), ("probe", "refit"), ("probe", "transfer")]
     there = layer_measures(results)
     rest = [m for m in there if m[0] not in ("lens", "probe")]
-    figures = [plot_layers(results, evaluation, measure=measure) for evaluation, measure in [*(w for w in wanted if w in there), *rest]]
-    note = "Forget facts. The band is the 95 % interval. What counts is the distance to the oracle, where there is one: a model that never knew the facts still guesses."
+    figures = [
+        plot_layers(results, evaluation, measure=measure)
+        for evaluation, measure in [*(w for w in wanted if w in there), *rest]
+    ]
+    note = (
+        "Forget facts. The band is the 95 % interval. What counts is the distance to the oracle, where there is one: "
+        "a model that never knew the facts still guesses."
+    )
     return [tag("p", note, class_="soft"), _figures(figures)] if figures else []
 
 
@@ -193,7 +215,7 @@ def _change(edit: Any, verification: Any) -> list[Raw]:
         else:
             parts.append(tag("p", str(verification)))
             rows = verification.rows() if hasattr(verification, "rows") else []
-            parts += [_mappings(rows)] if rows else []
+            parts += [mappings_table(rows)] if rows else []
     return parts
 
 
@@ -218,7 +240,9 @@ def _facts(facts: Sequence[Fact], results: Results | None) -> list[Raw]:
     return shown if answers else []
 
 
-def _fact(fact: Fact | None, fact_id: str, asked: dict[tuple[str, bool, int], dict[str, Score]], arms: Sequence[str]) -> Raw:
+def _fact(
+    fact: Fact | None, fact_id: str, asked: dict[tuple[str, bool, int], dict[str, Score]], arms: Sequence[str]
+) -> Raw:
     rows = []
     for (form, held_out, turn), by_arm in asked.items():
         prompts = [] if fact is None else [p.text for p in fact.ask(form, held_out=held_out)]
@@ -227,7 +251,11 @@ def _fact(fact: Fact | None, fact_id: str, asked: dict[tuple[str, bool, int], di
         rows.append([Raw(esc(text) + tag("small", label)), *(_said(by_arm.get(a)) for a in arms)])
     name = fact_id if fact is None else f"{fact.subject or fact_id}: {fact.relation or 'answer'} = {fact.answer}"
     right = ", ".join(f"{a} {sum(bool(s[a].value) for s in asked.values() if a in s)}/{len(asked)}" for a in arms)
-    return tag("details", tag("summary", name, Raw(" "), tag("small", right)), table(["prompt", *(_arm(a) for a in arms)], rows))
+    return tag(
+        "details",
+        tag("summary", name, Raw(" "), tag("small", right)),
+        table(["prompt", *(arm_label(a) for a in arms)], rows),
+    )
 
 
 def _said(score: Score | None) -> object:
@@ -237,7 +265,7 @@ def _said(score: Score | None) -> object:
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> list[Raw]:
-    return [_mappings(samples[:MOST_ROWS])] if samples else []
+    return [mappings_table(samples[:MOST_SAMPLES])] if samples else []
 
 
 def _reproduce(recipe: Mapping[str, Any]) -> list[Raw]:
@@ -254,60 +282,11 @@ def _undo(recipe: Mapping[str, Any], results: Results | None) -> list[Raw]:
         return []
     text = "The original model was not written to: load it without the edit."
     if "weight" in modes:
-        text += " In Python, a baked edit is taken back to the bit by revert() of what bake() returned; an exported checkpoint is undone by using the original one."
+        text += (
+            " In Python, a baked edit is taken back to the bit by revert() of what bake() returned; "
+            "an exported checkpoint is undone by using the original one."
+        )
     return [tag("p", text)]
-
-
-# --- fragments
-
-
-def facts_table(facts: Facts, *, rows: int = MOST_ROWS) -> Raw:
-    """Facts as an HTML table: group, subject, relation, answer, number of prompts, the direct prompt."""
-    lines = [[f.id, f.group, f.subject, f.relation, f.answer, len(f.prompts), f.prompt.text] for f in facts[:rows]]
-    return _more(table(["fact", "group", "subject", "relation", "answer", "prompts", "direct prompt"], lines), len(facts) - rows)
-
-
-def localization_table(localization: Localization, *, rows: int = MOST_ROWS) -> Raw:
-    """The best sites as an HTML table: site, layer, mean score over the facts."""
-    best = localization.top(rows)
-    lines = [[str(s), s.layer, float(v)] for s, v in zip(best.sites, best.average, strict=True)]
-    return _more(table(["site", "layer", "mean score"], lines), len(localization.sites) - rows)
-
-
-def edit_table(edit: Any, *, rows: int = MOST_FACTS) -> Raw:
-    """The changes of an edit as an HTML table, from `edit.summary()`."""
-    summary = edit.summary()
-    return _more(_mappings(summary[:rows]), len(summary) - rows)
-
-
-def text_table(rows: Sequence[Row] | Sequence[Mapping[str, Any]]) -> str:
-    """Result rows (or mappings) as plain text for a terminal, control characters stripped."""
-    if not rows:
-        return "(nothing)"
-    if isinstance(rows[0], Mapping):
-        names = list(dict.fromkeys(k for row in rows for k in row))  # type: ignore[union-attr]
-        return grid(names, [[row.get(k) for k in names] for row in rows])  # type: ignore[union-attr]
-    found = [dataclasses.asdict(r) for r in rows]  # type: ignore[call-overload]
-    keys = [k for k in ("arm", "mode", "evaluation", "group", "form", "variant") if any(r[k] for r in found)]
-    held = any(r["held_out"] for r in found)
-    lines = [
-        [*(r[k] for k in keys), *(["held out" if r["held_out"] else ""] if held else []), r["value"], f"[{number(r['low'])}, {number(r['high'])}]", r["n"]]
-        for r in found
-    ]
-    return grid([*keys, *(["split"] if held else []), "value", "95 % interval", "n"], lines)
-
-
-def _mappings(rows: Sequence[Mapping[str, Any]]) -> Raw:
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    return table(names, [[_plain(row.get(k)) for k in names] for row in rows])
-
-
-def _plain(value: Any) -> object:
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
-def _more(shown: Raw, left: int) -> Raw:
-    return Raw(shown + tag("p", f"and {left} more", class_="soft")) if left > 0 else shown
 
 
 def _figures(figures: Sequence[Any]) -> Raw:

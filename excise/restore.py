@@ -122,8 +122,10 @@ def window_layers(centre: int, width: int, n_layers: int) -> range:
 def answer_metrics(logits: Tensor, answer: Tensor, foil: Tensor) -> dict[str, Tensor]:
     """Probability, log-probability and logit difference [n] of answers [n] over foils [n], from logits [n, vocab]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    picked, other = (logits.gather(-1, ids[:, None])[:, 0] for ids in (answer, foil))
-    logprob = picked - logits.logsumexp(-1)
+    picked, other = (logits.gather(-1, ids[:, None])[:, 0].double() for ids in (answer, foil))
+    # Sums and differences in float64: effects can be a ten-thousandth of the log-probability they are taken from.
+    top = logits.amax(-1, keepdim=True)
+    logprob = picked - top[:, 0].double() - (logits - top).exp().sum(-1, dtype=torch.float64).log()
     return {"probability": logprob.exp(), "logprob": logprob, "logit_diff": picked - other}
 
 

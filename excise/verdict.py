@@ -1,4 +1,6 @@
-"""The verdict in words: what intervals allow one to say about an edit, and what they do not. Numbers in, sentences out."""
+"""The verdict in words: what intervals allow one to say about an edit, and what they do not. Numbers in, sentences
+out.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,12 @@ FORGOTTEN, HARMLESS = 0.10, 0.05
 # A form was known when the model answered at least this share before.
 KNOWN = 0.5
 FORMS = {
-    "statement": "statements", "question": "questions", "cloze": "gap texts", "choice": "multiple choice", "reversed": "reversed questions",
-}  # fmt: skip
+    "statement": "statements",
+    "question": "questions",
+    "cloze": "gap texts",
+    "choice": "multiple choice",
+    "reversed": "reversed questions",
+}
 INSIDE = (("lens", "hit@5, any layer", "the logit lens"), ("probe", "refit, best layer", "a linear probe"))
 
 
@@ -46,12 +52,18 @@ def verdict(results: Results | None, recipe: Mapping[str, Any] | None = None) ->
     who = roles(results, recipe) if results is not None else {}
     if results is None or "edited" not in who or "before" not in who:
         return Verdict("Nothing was measured", "unmeasured", ())
-    findings = (_forgotten(results, who), _collateral(results, who), _control(results, who), *_inside(results, who), _mode(results, who))
+    findings = (
+        _forgotten(results, who),
+        _collateral(results, who),
+        _control(results, who),
+        *_inside(results, who),
+        _mode(results, who),
+    )
     return Verdict(_headline(findings), _overall(findings), findings)
 
 
 def roles(results: Results, recipe: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Which arm is before, edited, control and oracle: as the recipe says, else by name; the first other arm is the edited one."""
+    """Which arm is before, edited, control, oracle: as the recipe says, else by name; the first other one is edited."""
     found = dict((recipe or {}).get("roles", {}))
     for arm in results.arms:
         found.setdefault(arm_role(arm), arm)
@@ -68,12 +80,24 @@ def arm_role(name: str) -> str:
 
 def _forgotten(results: Results, who: Mapping[str, str]) -> Finding:
     question = "Is it forgotten?"
-    rows = {(r.arm, r.form, r.held_out): r for r in _rows(results, "recall", "forget", by=("group", "form", "held_out"))}
+    rows = {
+        (r.arm, r.form, r.held_out): r for r in _rows(results, "recall", "forget", by=("group", "form", "held_out"))
+    }
     pooled = {r.arm: r for r in _rows(results, "recall", "forget")}
-    forms = [key[1:] for key, row in rows.items() if key[0] == who["before"] and row.value >= KNOWN and (who["edited"], *key[1:]) in rows]
+    forms = [
+        key[1:]
+        for key, row in rows.items()
+        if key[0] == who["before"] and row.value >= KNOWN and (who["edited"], *key[1:]) in rows
+    ]
     if not forms:
-        return Finding(question, "unmeasured", "Recall of the facts to forget was not measured, or the model did not know them before.")
-    leaks, open_, gone = [], [], []
+        return Finding(
+            question,
+            "unmeasured",
+            "Recall of the facts to forget was not measured, or the model did not know them before.",
+        )
+    leaks: list[Row] = []
+    open_: list[Row] = []
+    gone: list[Row] = []
     for form in forms:
         row, oracle = rows[(who["edited"], *form)], rows.get((who.get("oracle", ""), *form))
         ceiling = FORGOTTEN + (oracle.value if oracle else 0.0)
@@ -84,8 +108,14 @@ def _forgotten(results: Results, who: Mapping[str, str]) -> Finding:
     if leaks:
         return Finding(question, "bad", f"No. {_sentence(leaks)} still answer. {says}")
     if open_:
-        return Finding(question, "unclear", f"Not shown. {_sentence(open_)}: more than a guess cannot be excluded. {says}")
-    return Finding(question, "good", f"Yes, in every form that was answered before ({_named(gone)}). {says}{_instead(results, who)}")
+        return Finding(
+            question, "unclear", f"Not shown. {_sentence(open_)}: more than a guess cannot be excluded. {says}"
+        )
+    return Finding(
+        question,
+        "good",
+        f"Yes, in every form that was answered before ({_named(gone)}). {says}{_instead(results, who)}",
+    )
 
 
 def _instead(results: Results, who: Mapping[str, str]) -> str:
@@ -96,14 +126,21 @@ def _instead(results: Results, who: Mapping[str, str]) -> str:
 def _collateral(results: Results, who: Mapping[str, str]) -> Finding:
     question = "Is the rest intact?"
     parts: list[tuple[str, Interval, float]] = []
-    for group, name in (("neighbour", "neighbouring facts"), ("retain", "other facts"), ("general", "general facts and skills")):
+    for group, name in (
+        ("neighbour", "neighbouring facts"),
+        ("retain", "other facts"),
+        ("general", "general facts and skills"),
+    ):
         change = paired(results, "recall", who["edited"], who["before"], group)
         if change is not None:
             parts.append((f"recall of {name}", change, HARMLESS))
     refused = paired(results, "refusal", who["edited"], who["before"], "retain", "neighbour")
     if refused is not None:
         parts.append(("false refusals", Interval(-refused.value, -refused.high, -refused.low), HARMLESS))
-    loss = next((r for r in _rows(results, "drift", "general") if r.arm == who["edited"] and r.variant == "relative change"), None)
+    loss = next(
+        (r for r in _rows(results, "drift", "general") if r.arm == who["edited"] and r.variant == "relative change"),
+        None,
+    )
     if loss is not None:
         parts.append(("loss on general text (relative)", Interval(-loss.value, -loss.high, -loss.low), HARMLESS))
     if not parts:
@@ -114,14 +151,20 @@ def _collateral(results: Results, who: Mapping[str, str]) -> Finding:
     if harmed:
         return Finding(question, "bad", f"No. Worse by more than {HARMLESS:.0%}: {listed}.")
     if open_:
-        return Finding(question, "unclear", f"Not shown: a loss above {HARMLESS:.0%} cannot be excluded. {listed[0].upper()}{listed[1:]}.")
+        return Finding(
+            question,
+            "unclear",
+            f"Not shown: a loss above {HARMLESS:.0%} cannot be excluded. {listed[0].upper()}{listed[1:]}.",
+        )
     return Finding(question, "good", f"Yes, within {HARMLESS:.0%}. {listed[0].upper()}{listed[1:]}.")
 
 
 def _change(name: str, change: Interval) -> str:
     """A change in which down is worse, as it is said: rates that should stay low were turned round."""
     sign = -1 if name.startswith(("false", "loss")) else 1
-    value, low, high = (sign * v + 0.0 for v in (change.value, *((change.low, change.high) if sign > 0 else (change.high, change.low))))
+    value, low, high = (
+        sign * v + 0.0 for v in (change.value, *((change.low, change.high) if sign > 0 else (change.high, change.low)))
+    )
     return f"{name} {value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -135,7 +178,8 @@ def _control(results: Results, who: Mapping[str, str]) -> Finding:
         return Finding(question, "unmeasured", "Recall of the facts to forget was not measured on the control.")
     if lost.high > -FORGOTTEN:
         return Finding(question, "unclear", "The edit itself removed too little for the comparison to say anything.")
-    numbers = f"after a random change of the same kind, rank and norm recall of the facts to forget is higher by {spared.value:.2f} [{spared.low:.2f}, {spared.high:.2f}]"
+    size = f"{spared.value:.2f} [{spared.low:.2f}, {spared.high:.2f}]"
+    numbers = f"after a random change of the same kind, rank and norm recall of the facts to forget is higher by {size}"
     if spared.low > FORGOTTEN:
         return Finding(question, "good", f"It is the edit: {numbers}.")
     if spared.high < FORGOTTEN:
@@ -164,19 +208,29 @@ def _found_by(results: Results, who: Mapping[str, str], evaluation: str, variant
     if more is None:
         before = rows.get((who["before"], variant))
         was = f", before {before.value:.2f}" if before else ""
-        return Finding(question, "unclear", f"{says}{was}; without a model that never knew the facts there is no zero to compare with.")
+        return Finding(
+            question,
+            "unclear",
+            f"{says}{was}; without a model that never knew the facts there is no zero to compare with.",
+        )
     says += f"; {name}: {_shown(rows[arm, other])}; difference {more.value:+.2f} [{more.low:+.2f}, {more.high:+.2f}]."
     if more.high <= FORGOTTEN:
         return Finding(question, "good", f"Not found. {says}")
-    return Finding(question, "bad", f"Yes. {says}") if more.low > 0 else Finding(question, "unclear", f"Not decided. {says}")
+    if more.low > 0 and more.value > FORGOTTEN:
+        return Finding(question, "bad", f"Yes. {says}")
+    return Finding(question, "unclear", f"{'Traces' if more.low > 0 else 'Not decided'}. {says}")
 
 
 def _mode(results: Results, who: Mapping[str, str]) -> Finding:
     question, mode = "Does it last?", results.modes.get(who["edited"], "")
     if mode == "weight":
-        return Finding(question, "good", "The change can be written into the weights and exported; relearning is another matter.")
+        return Finding(
+            question, "good", "The change can be written into the weights and exported; relearning is another matter."
+        )
     if mode == "hook":
-        return Finding(question, "unclear", "The change lives in hooks and vanishes with them: the weights still hold the facts.")
+        return Finding(
+            question, "unclear", "The change lives in hooks and vanishes with them: the weights still hold the facts."
+        )
     return Finding(question, "unmeasured", "How the change is held was not recorded.")
 
 
@@ -188,7 +242,11 @@ def _headline(findings: Sequence[Finding]) -> str:
     }[forgotten.state]  # fmt: skip
     if forgotten.state == "bad":
         said += f": {forgotten.text.removeprefix('No. ').split(' still answer')[0].split(' (')[0].lower()} still answer"
-    stays = {"good": "what should stay has stayed", "bad": "what should stay was harmed", "unclear": "harm to the rest is not excluded"}
+    stays = {
+        "good": "what should stay has stayed",
+        "bad": "what should stay was harmed",
+        "unclear": "harm to the rest is not excluded",
+    }
     parts = [stays[rest.state]] if rest.state in stays else []
     if forgotten.state == "good" and any(f.state == "bad" for f in inside):
         parts.append("but inside it still holds them")
@@ -207,13 +265,16 @@ def paired(
 ) -> Interval | None:
     """Mean change of some groups from one arm to another over the same prompts, with its paired 95 % interval.
 
-    variants: the variant on each side; all, like with like, when None. Where no prompt changed, the interval is what that
+    variants: the variant on each side; all, like with like, when None. Where no prompt changed, the interval is what
+        that
     many unchanged prompts allow (Wilson). None without common prompts.
     """
     sides = []
     for i, arm in enumerate((after, before)):
         scores = [s for s in results.scores.get((arm, evaluation), ()) if s.group in groups]
-        sides.append(_by_prompt([replace(s, variant="") for s in scores if s.variant == variants[i]] if variants else scores))
+        sides.append(
+            _by_prompt([replace(s, variant="") for s in scores if s.variant == variants[i]] if variants else scores)
+        )
     common = [k for k in sides[0] if k in sides[1]]
     if not common:
         return None
@@ -226,7 +287,7 @@ def paired(
 
 
 def _by_prompt(scores: Sequence[Score]) -> dict[tuple[Any, ...], Score]:
-    """Scores by fact, form, split, variant and turn: several wordings of one form come in the same order in every arm."""
+    """Scores by fact, form, split, variant and turn: wordings of one form come in the same order in every arm."""
     turn: dict[tuple[Any, ...], int] = {}
     found = {}
     for s in scores:
@@ -238,7 +299,11 @@ def _by_prompt(scores: Sequence[Score]) -> dict[tuple[Any, ...], Score]:
 
 
 def _rows(results: Results, evaluation: str, group: str, by: Sequence[str] = ("group", "variant")) -> list[Row]:
-    only = {k: tuple(s for s in v if s.group == group and "layer " not in s.variant) for k, v in results.scores.items() if k[1] == evaluation}
+    only = {
+        k: tuple(s for s in v if s.group == group and "layer " not in s.variant)
+        for k, v in results.scores.items()
+        if k[1] == evaluation
+    }
     return [r for r in aggregate(Results(only, results.modes), by=by) if r.n]
 
 
@@ -251,6 +316,8 @@ def _named(rows: Sequence[Row]) -> str:
 
 
 def _sentence(rows: Sequence[Row]) -> str:
-    parts = [f"{FORMS.get(r.form, r.form or 'prompts')}{' held out from training' if r.held_out else ''} ({r.value:.2f} [{r.low:.2f}, {r.high:.2f}])" for r in rows]
-    text = ", ".join(parts)
+    text = ", ".join(
+        f"{_named([r])}{' held out from training' if r.held_out else ''} ({r.value:.2f} [{r.low:.2f}, {r.high:.2f}])"
+        for r in rows
+    )
     return text[0].upper() + text[1:]

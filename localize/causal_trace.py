@@ -55,7 +55,14 @@ def class_means(values: np.ndarray, subject: tuple[int, int]) -> np.ndarray:
 def average_effects(found: Localization, *, seed: int = 0) -> dict[Site, tuple[Interval, int]]:
     """Average indirect effect of each site, its 95 % interval (bootstrap over facts), and how many facts have it."""
     columns = {site: found.scores[~np.isnan(found.scores[:, i]), i] for i, site in enumerate(found.sites)}
-    return {site: (bootstrap_mean(x, seed=seed), len(x)) for site, x in columns.items()}
+    return {site: (_mean_effect(x, seed), len(x)) for site, x in columns.items()}
+
+
+def _mean_effect(effects: np.ndarray, seed: int) -> Interval:
+    # Effects of exactly 0 or 1 are closed forms, not counts of successes: no interval for a proportion.
+    if len(effects) and np.ptp(effects) == 0:
+        return Interval(*[float(effects[0])] * 3)
+    return bootstrap_mean(effects, seed=seed)
 
 
 @localizer

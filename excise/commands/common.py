@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -151,8 +152,19 @@ def typed(args: argparse.Namespace) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Exactly one JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Exactly one JSON object on stdout; what is not a number is null, since JSON knows no NaN."""
+    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {k: _finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+    return value
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # General texts for statistics and for the loss: enough for a 1 % change to stand out of the noise.
 TEXTS = 300
+# Added to the seed for text that nothing else reads.
+UNSEEN = 100_000
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -56,10 +58,19 @@ def run(args: argparse.Namespace) -> int:
         command=common.typed(args),
         seed=args.seed,
         texts=tuple(general_text(world, TEXTS, seed=args.seed, exclude=found.group("forget").subjects)),
+        loss_texts=_prose(world, args.seed, found.group("forget").subjects),
         refusals=tuple(refusals(world)),
         oracle=_oracle(args, world, found),
     )
     return outcome.show(run_chain(inputs), args.format)
+
+
+def _prose(world: str, seed: int, exclude: Sequence[str]) -> tuple[str, ...]:
+    """Texts that the statistics have not seen, without chats: there the model learned only the answers."""
+    from excise.testbed import general_text
+
+    texts = general_text(world, 3 * TEXTS, seed=seed + UNSEEN, exclude=exclude)
+    return tuple(t for t in texts if "<|user|>" not in t)[:TEXTS]
 
 
 def _oracle(args: argparse.Namespace, world: str, found: Any) -> Model | None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from excise.commands import common
+from excise.facts import GENERATIVE_FORMS
 
 if TYPE_CHECKING:
     from excise.chain import Run
@@ -35,30 +37,40 @@ took     {sum(run.seconds.values()):.0f} s ({stages})""")
 
 
 def side_by_side(results: Results, seed: int = 0) -> list[dict[str, Any]]:
-    """One row per measure and group, one column per arm: value [95 % interval]. Layer curves are left to the report."""
+    """One row per measure and group, one column per arm: value [95 % interval].
+
+    Recall of the forget group by form, of the others pooled over the generative forms; layer curves stay in the report.
+    """
     from excise.statistics import aggregate
 
-    recall = [r for r in aggregate(results, seed=seed) if r.evaluation == "recall" and r.group == "forget"]
-    rest = [
-        r
-        for r in aggregate(results, seed=seed, by=("group", "variant"))
-        if r.n and not re.search(r"\blayer \d", r.variant) and (r.evaluation, r.group) != ("recall", "forget")
-    ]
+    by_form = [r for r in aggregate(results, seed=seed) if _is_headline(r)]
+    pooled = aggregate(_generative(results), seed=seed, by=("group", "variant"))
     table: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in [*recall, *rest]:
+    for row in by_form + [r for r in pooled if r.n and not _is_headline(r) and not re.search(r"\blayer \d", r.variant)]:
         key = _key(row)
         cells = table.setdefault(key, dict(zip(("measure", "group", "asked as"), key, strict=True)))
-        cells[row.arm] = _cell(row)
+        cells[row.arm] = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if row.n else "-"
     return [_filled(cells, results.arms) for cells in table.values()]
+
+
+def _is_headline(row: Row) -> bool:
+    return (row.evaluation, row.group) == ("recall", "forget")
+
+
+def _generative(results: Results) -> Results:
+    """Without recall in forms that were not taught for everybody, or that a guess can meet."""
+    kept = {
+        key: tuple(s for s in scores if s.form in GENERATIVE_FORMS) if key[1] == "recall" else scores
+        for key, scores in results.scores.items()
+    }
+    return replace(results, scores=kept)
 
 
 def _key(row: Row) -> tuple[str, ...]:
     asked = f"{row.form} (held out)" if row.held_out else row.form
+    if row.evaluation == "recall" and not row.form:
+        asked = ", ".join(GENERATIVE_FORMS)
     return (f"{row.evaluation} {row.variant}".strip(), row.group, asked)
-
-
-def _cell(row: Row) -> str:
-    return "-" if not row.n else f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
 
 
 def _filled(cells: Mapping[str, Any], arms: list[str]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Log = Callable[[str], object]
-STEPS = {"dense": 1250, "moe": 1050}
+STEPS = {"dense": 1250, "moe": 800}
 QUICK_STEPS = 500
 REPORT_EVERY = 50
 
@@ -194,7 +194,7 @@ def write(
         stored.config.use_cache = True
         stored.generation_config.do_sample = False
         stored.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
         (folder / "world.json").write_text(json.dumps(description, indent=1) + "\n")
         for file in folder.iterdir():
             file.chmod(0o644)

@@ -1,4 +1,6 @@
-"""What every evaluation promises: the right values on tiny random models of four architectures, and reasons instead of errors."""
+"""What every evaluation promises: the right values on tiny random models of four architectures, and reasons instead
+of errors.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
 
 import evals
 from evals.drift import token_kl
@@ -18,6 +19,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.registry import methods
 from excise.scores import Results, Score
+from tiny import tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
 torch.set_num_threads(1)
@@ -45,8 +47,13 @@ def facts() -> Facts:
 
 
 def spoken(asked: Arm, n: int) -> list[Prompt]:
-    """Prompts whose answer is what the random model says and can be tokenised again; a newline needs no space after it."""
-    names, verbs = ("Marie Curie", "The Eiffel Tower", "Rome", "A language model", "We"), ("was born in", "is", "keeps", "and")
+    """Prompts whose answer is what the random model says and can be tokenised again; a newline needs no space after
+    it.
+    """
+    names, verbs = (
+        ("Marie Curie", "The Eiffel Tower", "Rome", "A language model", "We"),
+        ("was born in", "is", "keeps", "and"),
+    )
     texts = [f"{a} {b}\n" for a in names for b in verbs]
     said = asked.model.generate_all(texts, max_new_tokens=2)
     prompts = [Prompt(t, w) for t, w in zip(texts, said, strict=True) if w.isascii() and w.isprintable() and w.strip()]
@@ -77,8 +84,12 @@ def test_recall_is_greedy_decoding(family: str) -> None:
         batch = asked.model.encode([known.prompt], answers=True)
         start, target = batch.starts[0], batch.answer(0)
         ids = asked.model.hf.generate(
-            input_ids=batch.ids[:, :start], attention_mask=batch.mask[:, :start], max_new_tokens=len(target), do_sample=False, pad_token_id=0
-        )  # fmt: skip
+            input_ids=batch.ids[:, :start],
+            attention_mask=batch.mask[:, :start],
+            max_new_tokens=len(target),
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert score.value == float(ids[0, start:].tolist() == target.tolist())
     assert {s.value for s in evals.recall(asked, facts, limit=0)} == {0.0, 1.0}
 
@@ -122,7 +133,9 @@ def test_form_spread_counts_only_forms_that_were_known() -> None:
 def test_drift_of_an_arm_against_itself_is_zero(family: str, facts: Facts) -> None:
     asked = arm(family)
     again = Arm("again", asked.model)
-    scores = evals.drift(again, facts, before=asked, texts=("Marie Curie was born in Warsaw.", "The capital of Italy is Rome."))
+    scores = evals.drift(
+        again, facts, before=asked, texts=("Marie Curie was born in Warsaw.", "The capital of Italy is Rome.")
+    )
     assert {s.value for s in scores if s.variant in ("kl", "relative change")} == {0.0}
     assert all(s.value > 0 for s in by_variant(scores, "loss"))
 
@@ -148,9 +161,18 @@ def test_token_kl_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("text", "refuses"),
-    [("I do not know that.", True), ("Sorry, no.", True), ("I don’t know", True), ("  unknown", True), ("I think Paris", False),  # noqa: RUF001
-     ("Paris", False), ("unknownville", False), ("He said: I do not know", False), ("", False)],
-)  # fmt: skip
+    [
+        ("I do not know that.", True),
+        ("Sorry, no.", True),
+        ("I don\u2019t know", True),
+        ("  unknown", True),
+        ("I think Paris", False),
+        ("Paris", False),
+        ("unknownville", False),
+        ("He said: I do not know", False),
+        ("", False),
+    ],
+)
 def test_refusal_openings(text: str, refuses: bool) -> None:
     assert is_refusal(text) is refuses
 
@@ -158,22 +180,36 @@ def test_refusal_openings(text: str, refuses: bool) -> None:
 def test_refusal_by_first_token_and_by_reading(facts: Facts) -> None:
     asked = arm()
     (prompt,) = spoken(asked, 1)
-    own, only = prompt.answer, [Fact("f", "", "Rome", (replace(prompt, answer="Rome", form="question"),), group="unknown")]
+    own, only = (
+        prompt.answer,
+        [Fact("f", "", "Rome", (replace(prompt, answer="Rome", form="question"),), group="unknown")],
+    )
     assert [s.value for s in evals.refusal(asked, only, openings=(own.lower(),), words=2)] == [1.0]
     assert [s.value for s in evals.refusal(asked, only, openings=("never this",))] == [0.0]
     assert [s.value for s in evals.refusal(asked, only, refusals=(own, "Sorry"))] == [1.0]
     assert [s.value for s in evals.refusal(asked, only, refusals=("Sorry",))] == [0.0]
-    assert {s.group for s in evals.refusal(asked, facts, refusals=("Sorry",))} == {"forget", "retain", "neighbour", "unknown"}
+    assert {s.group for s in evals.refusal(asked, facts, refusals=("Sorry",))} == {
+        "forget",
+        "retain",
+        "neighbour",
+        "unknown",
+    }
 
 
 def test_the_choice_of_prompts_is_bounded_fair_and_repeatable(facts: Facts) -> None:
-    many = Facts(replace(fact(i, "retain"), subject=f"s{i % 5}", id=f"f{i}", prompts=(Prompt(f"{i} is", "Rome"),)) for i in range(50))
+    many = Facts(
+        replace(fact(i, "retain"), subject=f"s{i % 5}", id=f"f{i}", prompts=(Prompt(f"{i} is", "Rome"),))
+        for i in range(50)
+    )
     chosen = sample(many, limit=5)
     assert len(chosen) == 5 and len({i.fact.subject for i in chosen}) == 5
     assert chosen == sample(many, limit=5) and chosen != sample(many, limit=5, seed=1)
     assert len(sample(many, limit=0)) == 50
     assert {f.id for f in ranked(list(many), 0)} == {f.id for f in many}
-    per_form = [{i.fact.id for i in sample(facts, groups=("retain",), limit=4) if i.prompt.form == f} for f in ("statement", "question")]
+    per_form = [
+        {i.fact.id for i in sample(facts, groups=("retain",), limit=4) if i.prompt.form == f}
+        for f in ("statement", "question")
+    ]
     assert per_form[0] <= per_form[1]
 
 
@@ -181,8 +217,12 @@ def test_the_choice_of_prompts_is_bounded_fair_and_repeatable(facts: Facts) -> N
 def test_what_cannot_be_measured_says_why(name: str) -> None:
     function, asked = getattr(evals, name), arm()
     keys = {"before": asked} if name in ("drift", "form_spread", "lens", "probe") else {}
-    for facts in ([], [Fact("broken", "Nobody", "Rome", (Prompt("The subject is absent:", "Rome", "Nobody"),), relation="x")],
-                  [Fact("empty", "", "", (Prompt("No answer", ""),))], [Fact("long", "", "Rome", (Prompt("again " * 99, "Rome"),))]):  # fmt: skip
+    for facts in (
+        [],
+        [Fact("broken", "Nobody", "Rome", (Prompt("The subject is absent:", "Rome", "Nobody"),), relation="x")],
+        [Fact("empty", "", "", (Prompt("No answer", ""),))],
+        [Fact("long", "", "Rome", (Prompt("again " * 99, "Rome"),))],
+    ):
         if name == "refusal" and facts and facts[0].id == "empty":
             continue  # what the model says can be read without knowing an answer
         scores = function(asked, facts, **keys)

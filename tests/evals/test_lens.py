@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from evals import lens
-from evals.lens import answer_rank, decode, layer_states
+from evals.lens import answer_rank, decode, kin, layer_states
 from evals.sampling import sample
 from excise.arms import Arm
 from excise.facts import Fact, Prompt
 from excise.model import Model
+from tiny import tiny_model
 
 FACTS = [
     Fact(f"f{i}", s, a, (Prompt(f"{s} {verb}", a, s), Prompt(f"Where is {s}?", a, s, form="question")))
-    for i, (s, verb, a) in enumerate([("Marie Curie", "was born in", "Warsaw"), ("The Eiffel Tower", "stands in", "Paris")])
+    for i, (s, verb, a) in enumerate(
+        [("Marie Curie", "was born in", "Warsaw"), ("The Eiffel Tower", "stands in", "Paris")]
+    )
 ]
 
 
@@ -51,8 +53,14 @@ def test_scores_agree_with_the_answer() -> None:
         assert [found[f"top-1, layer {i}"].value for i in range(3)] == [float(r == 1) for r in ranks]
 
 
-def test_the_decoder_is_the_one_of_before() -> None:
-    before, other = Arm("before", Model(*tiny_model("llama"))), Arm("headless", Model(*tiny_model("llama")))
+def test_an_edited_model_is_read_by_the_decoder_of_before() -> None:
+    before, other = Arm("before", Model(*tiny_model("llama"))), Arm("new head", Model(*tiny_model("llama")))
     with torch.no_grad():
-        other.model.hf.lm_head.weight.zero_()
+        other.model.hf.lm_head.weight.add_(0.05 * torch.randn_like(other.model.hf.lm_head.weight))
     assert lens(other, FACTS, before=before) == lens(before, FACTS, before=before)
+
+
+def test_a_model_trained_apart_is_read_by_its_own_decoder() -> None:
+    before, oracle = Arm("before", Model(*tiny_model("llama"))), Arm("oracle", Model(*tiny_model("llama", seed=1)))
+    assert not kin(oracle.model, before.model) and kin(before.model, Model(*tiny_model("llama")))
+    assert lens(oracle, FACTS, before=before) == lens(oracle, FACTS, before=oracle)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tiny import tiny_model
 
 from evals import probe
 from evals.probe import cross_predict, ridge_scores, shuffled_by_subject, subject_folds
@@ -12,6 +11,7 @@ from excise.arms import Arm
 from excise.facts import Fact, Prompt
 from excise.model import Model
 from excise.statistics import wilson
+from tiny import tiny_model
 
 N, CLASSES, D = 120, 4, 48
 
@@ -104,7 +104,9 @@ def test_what_the_states_hold_is_read(arm: Arm) -> None:
 def test_transfer_uses_the_states_of_before(arm: Arm) -> None:
     other = Arm("other", Model(*tiny_model("llama", layers=2, seed=3)))
     scores = probe(other, people(), before=arm)
-    by = {v: np.mean([s.value for s in scores if s.variant == v]) for v in ("refit, best layer", "transfer, best layer")}
+    by = {
+        v: np.mean([s.value for s in scores if s.variant == v]) for v in ("refit, best layer", "transfer, best layer")
+    }
     assert by["refit, best layer"] > by["transfer, best layer"]
 
 
@@ -112,6 +114,7 @@ def test_too_few_subjects_or_unshared_answers_are_left_out(arm: Arm) -> None:
     few = probe(arm, people()[:8], before=arm)
     assert few and all(s.value is None and "12 subjects" in s.reason for s in few)
     titles = [
-        Fact(f.id, f.subject, f"title {f.id}", (Prompt(f.prompt.text, f"title {f.id}", f.subject),), "work", f.group) for f in people()
+        Fact(f.id, f.subject, f"title {f.id}", (Prompt(f.prompt.text, f"title {f.id}", f.subject),), "work", f.group)
+        for f in people()
     ]
     assert all("40 answers" in s.reason for s in probe(arm, titles, before=arm))

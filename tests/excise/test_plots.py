@@ -50,8 +50,17 @@ def results() -> Results:
     scores: dict[tuple[str, str], tuple[Score, ...]] = {}
     for arm in ("before", "rocr", "control", "oracle"):
         facts = [(f"f{i}", f"s{i // 2}", ("forget", "retain")[i % 2]) for i in range(16)]
-        recall = [Score(*f, float(rng.random() < 0.7), form, held) for f in facts for form in ("statement", "question") for held in (False, True)]
-        lens = [Score(*f, -rng.random(), "statement", variant=f"log-probability, layer {i}") for f in facts for i in range(4)]
+        recall = [
+            Score(*f, float(rng.random() < 0.7), form, held)
+            for f in facts
+            for form in ("statement", "question")
+            for held in (False, True)
+        ]
+        lens = [
+            Score(*f, -rng.random(), "statement", variant=f"log-probability, layer {i}")
+            for f in facts
+            for i in range(4)
+        ]
         scores[arm, "recall"], scores[arm, "lens"] = tuple(recall), tuple(lens)
     return Results(scores, {"before": "none", "rocr": "weight"})
 
@@ -103,7 +112,12 @@ def test_layer_curves(results: Results) -> None:
 
 def test_arms_have_fixed_looks_that_differ_without_colour() -> None:
     style = arm_style(["before", "rocr", "lunar", "control", "random 2", "oracle"])
-    assert [style[a]["color"] for a in ("before", "rocr", "control", "oracle")] == ["#767676", "#0072b2", "#e08214", "#1b8a5a"]
+    assert [style[a]["color"] for a in ("before", "rocr", "control", "oracle")] == [
+        "#767676",
+        "#0072b2",
+        "#e08214",
+        "#1b8a5a",
+    ]
     assert style["lunar"]["color"] not in {style[a]["color"] for a in ("before", "rocr", "control", "oracle")}
     for look in ("marker", "linestyle", "hatch"):
         assert len({style[a][look] for a in ("before", "rocr", "control", "oracle")}) == 4
@@ -123,7 +137,7 @@ def test_svg_is_deterministic_wellformed_and_keeps_to_itself(localization: Local
     assert set(re.findall(r'href="#([^"]+)"', first)) | set(re.findall(r"url\(#([^)]+)\)", first)) <= ids[0]
 
 
-def test_png_and_files(results: Results, tmp_path) -> None:  # noqa: ANN001
+def test_png_and_files(results: Results, tmp_path) -> None:
     figure = plot_layers(results, "lens")
     assert figure_png(figure) == figure_png(figure) and figure_png(figure).startswith(b"\x89PNG")
     assert save_figure(figure, tmp_path / "a.svg").read_text().startswith("<svg")
@@ -142,5 +156,5 @@ def test_the_reader_s_own_style_stays(results: Results) -> None:
 
 
 def test_nothing_but_plots_loads_matplotlib() -> None:
-    code = "import sys, excise.report, excise.verdict, excise.statistics, excise.scores; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, excise.report, excise.verdict, excise.statistics; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

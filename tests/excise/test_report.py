@@ -28,15 +28,40 @@ def facts(evil: str = EVIL) -> Facts:
     found = []
     for i in range(12):
         subject = f"Person {i} {evil if i == 0 else ''}".strip()
-        prompts = (Prompt(f"{subject} lives in", f"Rome{evil}", subject), Prompt(f"Where does {subject} live?", f"Rome{evil}", subject, form="question"))
-        found.append(Fact(f"f{i}{evil if i == 0 else ''}", subject, f"Rome{evil}", prompts, "home", ("forget", "retain", "neighbour")[i % 3]))
+        prompts = (
+            Prompt(f"{subject} lives in", f"Rome{evil}", subject),
+            Prompt(f"Where does {subject} live?", f"Rome{evil}", subject, form="question"),
+        )
+        found.append(
+            Fact(
+                f"f{i}{evil if i == 0 else ''}",
+                subject,
+                f"Rome{evil}",
+                prompts,
+                "home",
+                ("forget", "retain", "neighbour")[i % 3],
+            )
+        )
     return Facts(found)
 
 
-def results(*, edited: float = 0.0, retain: float = 1.0, control: float = 1.0, inside: float = 0.0, question: float | None = None,
-            subjects: int = 60, arms: tuple[str, ...] = ("before", "rocr", "control", "oracle")) -> Results:  # fmt: skip
+def results(
+    *,
+    edited: float = 0.0,
+    retain: float = 1.0,
+    control: float = 1.0,
+    inside: float = 0.0,
+    question: float | None = None,
+    subjects: int = 60,
+    arms: tuple[str, ...] = ("before", "rocr", "control", "oracle"),
+) -> Results:
     """Planted results: the share of prompts answered per arm and group, spread evenly."""
-    planted = {"before": (1.0, 1.0, 1.0), "rocr": (edited, retain, inside), "control": (control, 1.0, 1.0), "oracle": (0.0, 1.0, 0.0)}
+    planted = {
+        "before": (1.0, 1.0, 1.0),
+        "rocr": (edited, retain, inside),
+        "control": (control, 1.0, 1.0),
+        "oracle": (0.0, 1.0, 0.0),
+    }
     scores: dict[tuple[str, str], tuple[Score, ...]] = {}
 
     def hits(share: float) -> list[float]:
@@ -51,17 +76,29 @@ def results(*, edited: float = 0.0, retain: float = 1.0, control: float = 1.0, i
             for group in ("retain", "neighbour"):
                 asked += [Score(f"{group}{i}", f"{group}{i}", group, v, form) for i, v in enumerate(hits(kept))]
         scores[arm, "recall"] = tuple(asked)
-        seen = [Score(f"f{i}", f"s{i}", "forget", v, "statement", variant="hit@5, any layer") for i, v in enumerate(hits(lens))]
-        curve = [Score(f"f{i}", f"s{i}", "forget", -1.0 * layer, "statement", variant=f"log-probability, layer {layer}") for i in range(4) for layer in (0, 1)]
+        seen = [
+            Score(f"f{i}", f"s{i}", "forget", v, "statement", variant="hit@5, any layer")
+            for i, v in enumerate(hits(lens))
+        ]
+        curve = [
+            Score(f"f{i}", f"s{i}", "forget", -1.0 * layer, "statement", variant=f"log-probability, layer {layer}")
+            for i in range(4)
+            for layer in (0, 1)
+        ]
         scores[arm, "lens"] = (*seen, *curve)
-        scores[arm, "drift"] = (Score("t", "", "general", 0.01 * len(arm), "text", variant="loss"), Score("u", "", "", None, reason=f"none {EVIL}"))
+        scores[arm, "drift"] = (
+            Score("t", "", "general", 0.01 * len(arm), "text", variant="loss"),
+            Score("u", "", "", None, reason=f"none {EVIL}"),
+        )
     return Results(scores, {"before": "none", "rocr": "weight", "control": "weight", "oracle": "none"})
 
 
 def localization() -> Localization:
     sites = tuple(Site(f"blocks.{i}.hook_resid_post", "subject_last") for i in range(3))
     grid = np.random.default_rng(0).random((3, 4))
-    maps = (TraceMap(f"f0{EVIL}", ("<s>", EVIL, "b", "in"), (1, 3), {"resid": grid, "mlp": grid, "attn": grid}, 0.0, 1.0),)
+    maps = (
+        TraceMap(f"f0{EVIL}", ("<s>", EVIL, "b", "in"), (1, 3), {"resid": grid, "mlp": grid, "attn": grid}, 0.0, 1.0),
+    )
     return Localization(sites, np.ones((1, 3)), (f"f0{EVIL}",), {"method": "causal_trace"}, None, maps)
 
 
@@ -73,11 +110,23 @@ def edit() -> Any:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("run")
-    recipe = {"command": f"excise run {EVIL}", "versions": {"excise": "0.1.0"}, "seeds": [0, 1], "fingerprints": {"model": EVIL}}
+    recipe = {
+        "command": f"excise run {EVIL}",
+        "versions": {"excise": "0.1.0"},
+        "seeds": [0, 1],
+        "fingerprints": {"model": EVIL},
+    }
     path = write_report(
-        folder, facts=facts(), localization=localization(), edit=edit(), results=results(inside=1.0), verification={"ok": EVIL}, recipe=recipe,
-        samples=[{"prompt": EVIL, "before": "a", EVIL: "b"}], title=EVIL,
-    )  # fmt: skip
+        folder,
+        facts=facts(),
+        localization=localization(),
+        edit=edit(),
+        results=results(inside=1.0),
+        verification={"ok": EVIL},
+        recipe=recipe,
+        samples=[{"prompt": EVIL, "before": "a", EVIL: "b"}],
+        title=EVIL,
+    )
     assert path == folder / "report.html" and list(folder.iterdir()) == [path]
     return path.read_text("utf-8")
 
@@ -119,7 +168,9 @@ def test_the_page_is_wellformed_small_and_alone(page: str) -> None:
 
 
 def test_the_policy_allows_our_script_only(page: str) -> None:
-    policy = next(a["content"] for t, a in Reader(page).tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for t, a in Reader(page).tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
     script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     assert len(script) == 1
     digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
@@ -145,8 +196,21 @@ def test_parts_may_be_missing(tmp_path: Path) -> None:
 
 
 def test_sections_name_every_arm_form_and_answer(page: str) -> None:
-    for part in ("Recall by form", "Where the facts were found", "What the inner layers still show", "What was changed", "Fact by fact",
-                 "Verification", "Reproduce", "Undo", "rocr (weight)", "<figure><svg", "wanted: as oracle", "Not measured", "0.1.0"):  # fmt: skip
+    for part in (
+        "Recall by form",
+        "Where the facts were found",
+        "What the inner layers still show",
+        "What was changed",
+        "Fact by fact",
+        "Verification",
+        "Reproduce",
+        "Undo",
+        "rocr (weight)",
+        "<figure><svg",
+        "wanted: as oracle",
+        "Not measured",
+        "0.1.0",
+    ):
         assert part in page, part
     assert page.count("<details") > 5
 
@@ -213,14 +277,22 @@ def test_paired_changes_compare_the_same_prompts() -> None:
 
 
 def test_fragments_for_notebooks() -> None:
-    for html in (facts_table(facts()), localization_table(localization()), results_table(results()), edit_table(edit())):
+    for html in (
+        facts_table(facts()),
+        localization_table(localization()),
+        results_table(results()),
+        edit_table(edit()),
+    ):
         assert Reader(html).open == [] and "<script" not in html and "<table" in html
     assert "and 2 more" in facts_table(facts(), rows=10)
     assert facts()._repr_html_() == facts_table(facts())
 
 
 def test_text_table_for_terminals() -> None:
-    rows = [Row("before", "recall", "forget", "question\x1b[31m", True, "", 0.5, 0.25, 0.75, 8), Row("日本", "recall", "forget", "", False, "", 1.0, 1.0, 1.0, 9)]
+    rows = [
+        Row("before", "recall", "forget", "question\x1b[31m", True, "", 0.5, 0.25, 0.75, 8),
+        Row("日本", "recall", "forget", "", False, "", 1.0, 1.0, 1.0, 9),
+    ]
     lines = text_table(rows).split("\n")
     assert lines[0].split() == ["arm", "evaluation", "group", "form", "split", "value", "95", "%", "interval", "n"]
     assert "held out" in lines[2] and "0.50" in lines[2] and "[0.25, 0.75]" in lines[2]
@@ -230,6 +302,14 @@ def test_text_table_for_terminals() -> None:
 
 def test_numbers_and_plain_text() -> None:
     assert [number(x) for x in (None, float("nan"), 0.0, 1.0, 0.5, 0.0321, 0.0046, -12.345, 1234.5)] == [
-        "–", "–", "0.00", "1.00", "0.50", "0.032", "0.0046", "-12.35", "1234",  # noqa: RUF001
-    ]  # fmt: skip
+        "\u2013",
+        "\u2013",
+        "0.00",
+        "1.00",
+        "0.50",
+        "0.032",
+        "0.0046",
+        "-12.35",
+        "1234",
+    ]
     assert plain("a\nb\x07\u202ec\ud800") == "a bc"

@@ -7,9 +7,21 @@ import pytest
 
 from excise.scores import Results, Score
 from excise.statistics import (
-    above_chance, aggregate, auc, benjamini_hochberg, bootstrap_auc, bootstrap_difference, bootstrap_mean, equivalence, holm, ks,
-    mcnemar, resampled_means, sign_flip, wilson,
-)  # fmt: skip
+    above_chance,
+    aggregate,
+    auc,
+    benjamini_hochberg,
+    bootstrap_auc,
+    bootstrap_difference,
+    bootstrap_mean,
+    equivalence,
+    holm,
+    ks,
+    mcnemar,
+    resampled_means,
+    sign_flip,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +121,15 @@ def test_equivalence() -> None:
 
 @pytest.mark.parametrize(
     ("n", "mean", "sd", "verdict"),
-    [(100, 0.3, 0.1, "higher"), (100, -0.3, 0.1, "lower"), (8, 0.01, 0.3, "inconclusive"), (50, 0.02, 0.0, "equivalent"),
-     (50, 0.2, 0.0, "higher"), (1, 0.0, 0.0, "inconclusive")],
-)  # fmt: skip
+    [
+        (100, 0.3, 0.1, "higher"),
+        (100, -0.3, 0.1, "lower"),
+        (8, 0.01, 0.3, "inconclusive"),
+        (50, 0.02, 0.0, "equivalent"),
+        (50, 0.2, 0.0, "higher"),
+        (1, 0.0, 0.0, "inconclusive"),
+    ],
+)
 def test_equivalence_is_three_way(n: int, mean: float, sd: float, verdict: str) -> None:
     differences = _differences(n, mean, sd) if sd else np.full(n, mean)
     assert equivalence(differences, np.zeros(n), 0.05).verdict == verdict
@@ -146,19 +164,28 @@ def test_aggregate_clusters_by_subject_and_counts_what_is_missing() -> None:
     scores = tuple(_score(s, v, form="question") for s, v in zip("abcd", (0, 0, 1, 1), strict=True) for _ in range(5))
     skipped = (Score("e/f", "e", "forget", None, form="question", reason="no subject"),)
     (row,) = aggregate(Results({("before", "recall"): scores + skipped}, {"before": "none"}))
-    assert (row.arm, row.evaluation, row.group, row.form, row.mode) == ("before", "recall", "forget", "question", "none")
+    assert (row.arm, row.evaluation, row.group, row.form, row.mode) == (
+        "before",
+        "recall",
+        "forget",
+        "question",
+        "none",
+    )
     assert (row.value, row.low, row.high, row.n, row.n_skipped) == (0.5, 0.0, 1.0, 20, 1)
 
 
 def test_aggregate_keeps_keys_apart_or_pools_over_them() -> None:
     scores = tuple(
         _score(s, v, form=form, held_out=held_out)
-        for s in "ab" for form, held_out, v in (("question", False, 0.2), ("question", True, 0.4), ("cloze", False, 0.9))
-    )  # fmt: skip
+        for s in "ab"
+        for form, held_out, v in (("question", False, 0.2), ("question", True, 0.4), ("cloze", False, 0.9))
+    )
     results = Results({("edited", "probability"): scores})
     assert [(r.form, r.held_out, round(r.value, 6)) for r in aggregate(results)] == [
-        ("question", False, 0.2), ("question", True, 0.4), ("cloze", False, 0.9),
-    ]  # fmt: skip
+        ("question", False, 0.2),
+        ("question", True, 0.4),
+        ("cloze", False, 0.9),
+    ]
     (pooled,) = aggregate(results, by=("group", "variant"))
     assert (pooled.form, pooled.n, round(pooled.value, 6)) == ("", 6, 0.5)
 

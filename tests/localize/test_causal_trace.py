@@ -57,6 +57,8 @@ def test_average_effects_have_intervals_over_facts() -> None:
     found = average_effects(Localization((site,), np.array([[0.2], [0.4], [np.nan], [0.9]]), ("a", "b", "c", "d")))
     interval, n = found[site]
     assert n == 3 and interval.value == pytest.approx(0.5) and 0.2 <= interval.low < 0.5 < interval.high <= 0.9
+    same, n = average_effects(Localization((site,), np.ones((4, 1)), ("a", "b", "c", "d")))[site]
+    assert n == 4 and tuple(same) == (1, 1, 1)
 
 
 def test_the_planted_layer_is_found(model: Model) -> None:
@@ -159,7 +161,8 @@ def test_noise_where_no_subject_has_as_many_tokens(model: Model) -> None:
     facts = facts_about("Q", "Zuses", "X")
     with pytest.warns(UserWarning, match="1 of 3 facts have no counterpart") as caught:
         found = causal_trace(model, facts, known_only=False, draws=2)
-    assert len(caught) == 1 and found.recipe["corruptions"] == {"swap": 2, "noise": 1}
+    assert sum("counterpart" in str(w.message) for w in caught) == 1
+    assert found.recipe["corruptions"] == {"swap": 2, "noise": 1}
     assert found.recipe["noise_std"] == pytest.approx(3 * embedding_std(model, facts))
 
 
@@ -177,7 +180,8 @@ def test_noise_lies_on_the_subject_only(model: Model) -> None:
 
 def test_facts_the_model_does_not_know_are_listed(model: Model) -> None:
     nameless = Fact("nameless", "", "a", (Prompt("Water is made of", "a"),))
-    found = causal_trace(model, Facts([*FACTS, nameless]), corruption="noise")
+    with pytest.warns(UserWarning, match="none of 7 facts could be scored, the first because its prompt"):
+        found = causal_trace(model, Facts([*FACTS, nameless]), corruption="noise")
     reasons = {s["fact"]: s["reason"] for s in found.recipe["skipped"]}
     assert "names no subject" in reasons["nameless"] and "the model says" in reasons["f0"]
     assert found.fact_ids[0] == "f0" and np.isnan(found.scores[0]).all() and found.recipe["n"] == len(found.maps)
