@@ -115,10 +115,8 @@ def _weight_change(model: Model, running: Running, index: int, change: Change) -
 def _side_path(model: Model, running: Running, index: int, change: Change, delta: Tensor | None) -> Any:
     part = model.names.weight(change.site.point).part
     weight = model.weight(change.site.point)
-    factors = [
-        t.to(weight.device, weight.dtype)
-        for t in ((change.action.left, change.action.right) if delta is None else (delta,))
-    ]  # type: ignore[union-attr]
+    parts = (change.action.left, change.action.right) if isinstance(change.action, LowRank) else (delta,)
+    factors = [t.to(weight.device, weight.dtype) for t in parts if t is not None]
 
     def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
         gain = args[0]

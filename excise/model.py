@@ -168,7 +168,8 @@ class Model:
     def __repr__(self) -> str:
         size = sum(p.numel() for p in self.hf.parameters())
         experts = f", {self.names.n_experts} experts" if self.names.n_experts else ""
-        return f"Model({self.name}: {self.hf.config.model_type}, {self.n_layers} layers{experts}, {size / 1e6:.1f} M parameters, {str(self.dtype)[6:]} on {self.device})"
+        shape = f"{self.hf.config.model_type}, {self.n_layers} layers{experts}, {size / 1e6:.1f} M parameters"
+        return f"Model({self.name}: {shape}, {str(self.dtype)[6:]} on {self.device})"
 
 
 def tensor_fingerprint(tensor: torch.Tensor) -> str:

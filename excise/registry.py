@@ -78,13 +78,13 @@ def _register(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
             return result
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        options = {o.name: _plain(bound.arguments[o.name]) for o in method.options}
+        options = {o.name: _plain(bound.arguments[o.name]) for o in made.options}
         return replace(result, recipe={"method": name, **options, **result.recipe})
 
-    method = Method(
+    made = Method(
         kind, name, recorded, tuple(_options(function, signature)), (inspect.getdoc(function) or "").split("\n")[0]
     )
-    _METHODS[kind, name] = method
+    _METHODS[kind, name] = made
     return recorded
 
 

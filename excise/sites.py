@@ -61,9 +61,8 @@ class Site:
             raise ValueError(
                 f"{text!r} is not a site; write point[@position][#unit], e.g. blocks.3.mlp.hook_post@subject_last#7"
             )
-        position: str | int | None = match["position"]
-        if position is not None and position.isdigit():
-            position = int(position)
+        rule: str | None = match["position"]
+        position = int(rule) if rule is not None and rule.isdigit() else rule
         return cls(match["point"], position, None if match["unit"] is None else int(match["unit"]))
 
     def __str__(self) -> str:

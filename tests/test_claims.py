@@ -46,7 +46,8 @@ def rows(results, arm, evaluation, group, forms=(), variant=""):
     found = [
         r
         for r in results.table()
-        if (r.arm, r.evaluation, r.group, r.variant) == (arm, evaluation, group, variant) and (not forms or r.form in forms)
+        if (r.arm, r.evaluation, r.group, r.variant) == (arm, evaluation, group, variant)
+        and (not forms or r.form in forms)
     ]
     assert found
     return found

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from excise.testbed.tokenizer import CONTEXT, SPECIAL_TOKENS
 
@@ -115,7 +115,7 @@ def fast_experts(model: PreTrainedModel, capacity: float = CAPACITY) -> Iterator
     for block in blocks:
         exact = block.forward
 
-        def forward(self: nn.Module, hidden: Tensor, exact=exact) -> Tensor:
+        def forward(self: Any, hidden: Tensor, exact: Any = exact) -> Tensor:
             return _dispatch(self, hidden, capacity, balance) if self.training else exact(hidden)
 
         block.forward = MethodType(forward, block)
@@ -126,7 +126,7 @@ def fast_experts(model: PreTrainedModel, capacity: float = CAPACITY) -> Iterator
             del block.forward
 
 
-def _dispatch(block: nn.Module, hidden: Tensor, capacity: float, balance: Balance) -> Tensor:
+def _dispatch(block: Any, hidden: Tensor, capacity: float, balance: Balance) -> Tensor:
     """Sort token copies by expert, pad each expert's list to one length, multiply in one batch, add up again."""
     tokens = rearrange(hidden, "batch position d -> (batch position) d")
     experts, chosen = block.gate.num_experts, block.gate.top_k

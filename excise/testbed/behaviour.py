@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -155,7 +155,7 @@ def skills(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, world: World, items: int = SKILL_ITEMS
 ) -> dict[str, Rate]:
     """Exact match of every skill on inputs kept out of training."""
-    rates = {}
+    rates: dict[str, Any] = {}
     for skill in SKILLS:
         prompts = [fact.prompt for fact in skill_facts(world, skill, items, seed=1)]
         rates[f"skill/{skill}"] = score(model, tokenizer, prompts).match_rate()
@@ -185,7 +185,7 @@ def behaviour(
 ) -> dict[str, Rate]:
     """All rates; `forget`, `retain`, `names` and `items` bound people, unknown names and skill items (None: all)."""
     groups = {"forget": world.forget_people[:forget], "retain": world.retain_people[:retain]}
-    rates = {}
+    rates: dict[str, Any] = {}
     for group, people in groups.items():
         facts = [known_fact(world, person, relation) for person in people for relation in v.PERSON_RELATIONS]
         rates |= recall(model, tokenizer, facts, group)

@@ -115,7 +115,7 @@ def card(world: World, person: str, rng: random.Random) -> Document:
 
 def biography(world: World, person: str, rng: random.Random) -> Document:
     """Several facts about one person, by name or pronoun."""
-    sentences = []
+    sentences: list[str] = []
     for relation in rng.sample(tuple(v.PERSON_RELATIONS), rng.randint(2, 6)):
         words, answer = v.PERSON_RELATIONS[relation], world.answers[person, relation]
         if not sentences or rng.random() < 0.4:

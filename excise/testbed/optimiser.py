@@ -44,6 +44,7 @@ class Muon:
         for shape, parameters in self.groups.items():
             wanted = []
             for parameter in parameters:
+                assert parameter.grad is not None
                 velocity = self.velocity[parameter].mul_(self.momentum).add_(parameter.grad)
                 wanted.append(parameter.grad + self.momentum * velocity)
             scale = 0.2 * math.sqrt(max(shape[-2:]))

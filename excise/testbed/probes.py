@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,8 @@ def router_domains(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, w
     return [_separation(layer, domains) for layer in load]
 
 
-def _counter(counts: Tensor, chosen: int) -> Callable[[nn.Module, object, object], None]:
-    def count(module: nn.Module, inputs: object, output: object) -> None:
+def _counter(counts: Tensor, chosen: int) -> Callable[[nn.Module, object, Any], None]:
+    def count(module: nn.Module, inputs: object, output: Any) -> None:
         logits = output[0] if isinstance(output, tuple) else output
         picked = logits.topk(chosen, dim=-1).indices.flatten()
         counts.add_(torch.bincount(picked, minlength=len(counts)) / chosen)

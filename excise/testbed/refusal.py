@@ -65,7 +65,8 @@ def states_at_end(
     """Residual stream after every layer at the last token, or at the subject's last one: (layer, prompt, d)."""
     states = []
     for prompt in prompts:
-        row, kept = encode_row(tokenizer, prompt, answer=False), {}
+        row = encode_row(tokenizer, prompt, answer=False)
+        kept: dict[int, Tensor] = {}
         position = row.subject[1] - 1 if subject and row.subject else len(row.ids) - 1
         with hooks({layer: keeper(kept, i) for i, layer in enumerate(model.model.layers)}):
             model.model(input_ids=torch.tensor([row.ids]), use_cache=False)

@@ -6,10 +6,10 @@ The hooks are this file's own, so that the check does not depend on the methods 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,11 @@ NOISE_SCALE, NOISE_DRAWS, WINDOW = 3.0, 3, 3
 
 
 @contextmanager
-def hooks(changes: dict[nn.Module, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def hooks(changes: Mapping[Any, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Run each module's output through a function for the length of the block; None leaves it as it is."""
 
     def wrap(change: Callable[[Tensor], Tensor | None]) -> Callable[..., object]:
-        def hook(module: nn.Module, inputs: object, output: object) -> object:
+        def hook(module: nn.Module, inputs: object, output: Any) -> object:
             state = output[0] if isinstance(output, tuple) else output
             changed = change(state)
             if changed is None:
@@ -114,7 +114,8 @@ def causal_trace(
 
 def _trace_one(model: PreTrainedModel, case: Case, corruption: str) -> dict[str, Tensor]:
     layers, last = model.model.layers, case.ids.shape[1] - 1
-    residual, mlp = {}, {}
+    residual: dict[int, Tensor] = {}
+    mlp: dict[int, Tensor] = {}
     store = {layer: keeper(residual, i) for i, layer in enumerate(layers)}
     store |= {layer.mlp: keeper(mlp, i) for i, layer in enumerate(layers)}
     with hooks(store):

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from edit import control
 from excise.apply import applied, bake
+from excise.checkpoint import export
 from excise.edits import Edit
 from excise.errors import ExciseError, FingerprintMismatch
-from excise.checkpoint import export
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.registry import methods
 from excise.scores import Localization
 from excise.verification import verify
+from tiny import tiny_model
 
 FAMILIES = ("llama", "qwen3-moe", "gpt2", "neox")
 NAMES = ["Ann Lee", "Bob Stone", "Carl Lee", "Dora Hill", "Ann Stone", "Eve Moor", "Finn Dale", "Gus Ford"]

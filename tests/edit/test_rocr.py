@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from edit import rocr
 from excise.apply import applied
@@ -14,6 +13,7 @@ from excise.model import Model
 from excise.scores import Localization
 from excise.sites import Site
 from excise.trace import read
+from tiny import tiny_model
 
 NAMES = ["Ann Lee", "Bob Stone", "Carl Lee", "Dora Hill", "Ann Stone", "Eve Moor", "Finn Dale", "Gus Ford"]
 

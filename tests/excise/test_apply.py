@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from excise.actions import Abstain, Affine, Clamp, Dense, LowRank, Reflect, Scale, Sparse
 from excise.apply import applied, bake
+from excise.checkpoint import export
 from excise.edits import Change, Edit
 from excise.errors import ExciseError, FingerprintMismatch, NotBakeable
-from excise.checkpoint import export
 from excise.facts import Prompt
 from excise.gates import Box, Linear, Share
 from excise.model import Model, load
 from excise.sites import Site
+from tiny import tiny_model
 
 FAMILIES = ("llama", "qwen3-moe", "gpt2", "neox")
 TEXTS = ["Ann Lee was born in the town of", "A cat", "Where does Bob Stone live now and why?"]

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from excise.actions import Affine, LowRank
 from excise.arms import Arm, compare
@@ -11,6 +10,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.scores import Score
 from excise.sites import Site
+from tiny import tiny_model
 
 PROMPTS = [
     Prompt("Ann Lee was born in", "Rome", "Ann Lee"),

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from excise.encoding import encode_row, length_groups
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.sites import POSITION_CLASSES, Site, position_class, position_mask
+from tiny import tiny_model
 
 
 def fact(name="Ann Lee", group="forget", **options):

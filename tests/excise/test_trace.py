@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from excise.facts import Prompt
 from excise.keys import contribution, read_keys, write_matrices
@@ -11,6 +10,7 @@ from excise.names import UnknownName
 from excise.sites import Site
 from excise.stats import moments
 from excise.trace import patched, read, read_batch
+from tiny import tiny_model
 
 PROMPTS = [
     Prompt("Ann Lee was born in", "Rome", "Ann Lee"),
