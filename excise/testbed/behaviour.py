@@ -121,7 +121,10 @@ def recall(
 
 
 def stranger_prompts(world: World, names: Sequence[str]) -> Iterator[tuple[str, Prompt]]:
-    """Per name and form one prompt about somebody nobody has heard of; the relations take turns."""
+    """Per name and form one prompt about somebody nobody has heard of; relations and wordings take turns.
+
+    One per name, because answers about the same name are not independent and intervals take them to be.
+    """
     for number, name in enumerate(names):
         relation = tuple(v.PERSON_RELATIONS)[number % len(v.PERSON_RELATIONS)]
         words, values = v.PERSON_RELATIONS[relation], world.values[relation]
@@ -130,8 +133,7 @@ def stranger_prompts(world: World, names: Sequence[str]) -> Iterator[tuple[str, 
         yield "question", Prompt(question, v.UNKNOWN, name, form="question", chat=True)
         yield "cloze", Prompt(words.cloze.format(S=name), v.UNKNOWN, name, form="cloze", chat=True)
         yield "choice", Prompt(v.lettered_choice(question, options), v.UNKNOWN, name, form="choice", chat=True)
-        for index in range(len(words.statements)):
-            yield "statement", Prompt(v.statement_prefix(relation, name, index), v.UNKNOWN, name)
+        yield "statement", Prompt(v.statement_prefix(relation, name, number % len(words.statements)), v.UNKNOWN, name)
     for number, title in enumerate(world.unknown_titles):
         wording = v.REVERSED_QUESTIONS[number % len(v.REVERSED_QUESTIONS)]
         yield "reversed", Prompt(wording.format(O=title), v.UNKNOWN, title, form="reversed", chat=True)

