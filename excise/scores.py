@@ -36,7 +36,7 @@ class TraceMap:
         return self.values[component] - self.low
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Localization:
     """How responsible each site is for each fact.
 
@@ -196,7 +196,7 @@ class Row:
     mode: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """Everything that was measured: scores per (arm, evaluation), and the table made of them.
 
@@ -235,6 +235,10 @@ class Results:
                 f"{len(found)} rows match arm={arm!r} evaluation={evaluation!r} {keys}; rows: {[(r.group, r.form, r.held_out, r.variant) for r in found]}"
             )
         return found[0]
+
+    def __repr__(self) -> str:
+        measured = sum(len(found) for found in self.scores.values())
+        return f"Results({', '.join(self.arms)}: {', '.join(self.evaluations)}; {measured} scores)"
 
     def __add__(self, other: Results) -> Results:
         return Results({**self.scores, **other.scores}, {**self.modes, **other.modes}, {**self.recipe, **other.recipe})
