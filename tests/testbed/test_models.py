@@ -70,8 +70,7 @@ def test_measuring_a_part_again_agrees(name: str) -> None:
     stored = measured(name)["behaviour"]
     for key, rate in rates(name).items():
         low, high = rate.interval
-        slack = 0.15 if rate.n < 30 else 0.02  # wordings of one name stand or fall together: fewer trials than prompts
-        assert low - slack <= stored[key]["high"] and high + slack >= stored[key]["low"], (
+        assert low <= stored[key]["high"] and high >= stored[key]["low"], (
             f"{key}: {rate.record()} against {stored[key]}"
         )
 
