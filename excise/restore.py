@@ -210,6 +210,7 @@ def loop_grid(model: Model, runs: Runs, plan: Plan = EVERYTHING, *, reason: str 
 
 
 def first_cell(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The first entry of each array."""
     return {name: x[0] for name, x in found.items()}
 
 

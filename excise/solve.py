@@ -11,7 +11,7 @@ ROME (arXiv 2202.05262), MEMIT (2210.07229), EMMET (2403.14236), AlphaEdit (2410
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -186,8 +186,3 @@ def compress(rows: Tensor, *, tolerance: float = 1e-3, limit: int | None = None)
     keep = int((left_over > tolerance).sum()) + 1
     keep = min(keep, limit) if limit else keep
     return s[:keep, None] * v[:keep]
-
-
-def stack_blocks(keys: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate key rows block by block."""
-    return {b: torch.cat([k[b] for k in keys]) for b in keys[0]}

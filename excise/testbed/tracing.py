@@ -147,6 +147,8 @@ def _trace_one(model: PreTrainedModel, case: Case, corruption: str) -> dict[str,
 
 
 def keeper(store: dict[int, Tensor], key: int) -> Callable[[Tensor], None]:
+    """A function that keeps a copy of what it is shown under `key`."""
+
     def keep(state: Tensor) -> None:
         store[key] = state.clone()
 
