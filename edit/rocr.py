@@ -129,6 +129,7 @@ def rocr(
         # Under a metric that was not told of these names: that is how a name that nobody listed would fare.
         judged = guarded or others
         judged = judged[:: max(1, len(judged) // ASKED)]
+        cost.cache_clear()  # the statistics of one block at a time
         return entanglement(model, redirection.mentions, judged, block, aware(block, names=strangers))
 
     def cut(last: int) -> Edit:
@@ -180,9 +181,9 @@ def _best(
     tried: list[tuple[dict[str, float], Edit]] = []
     for row in _near_best(compared, "patched", WORTH_TRYING):
         block = int(row["block"])
+        row["entanglement"] = entangled(block)
         tried.append((row, cut(block)))
         row["effect"] = edit_effect(model, tried[-1][1], asked)
-        row["entanglement"] = entangled(block)
     good = _near_best([row for row, _ in tried], "effect", AS_GOOD)
     best = min(good, key=lambda row: row["entanglement"])
     return next(edit for row, edit in tried if row is best), compared

@@ -14,7 +14,7 @@ from excise.registry import evaluation
 from excise.scores import Score
 
 
-@evaluation
+@evaluation("behavioural")
 def drift(
     arm: Arm,
     facts: Sequence[Fact],
@@ -95,9 +95,9 @@ def _divergence(
     if arm.model is not before.model and arm.model.tokenizer_fingerprint != before.model.tokenizer_fingerprint:
         return nothing("the two models have different vocabularies", variant="kl")
     scores = []
-    # Two models' logits are held at once: half a batch of each.
-    half = max(1, before.model.batch_tokens // 2)
-    for index, batch in before.model.batches([item.prompt for item in items], answers=True, tokens=half):
+    # Two models' logits are held at once, and an edit's matrices: a third of a batch of each.
+    third = max(1, before.model.batch_tokens // 3)
+    for index, batch in before.model.batches([item.prompt for item in items], answers=True, tokens=third):
         values = _batch_kl(before, arm, batch)
         scores += [items[i].score(value, variant="kl") for i, value in zip(index, values, strict=True)]
     return scores

@@ -15,7 +15,7 @@ from excise.scores import Score
 GROUPS = ("forget", "retain", "neighbour")
 
 
-@evaluation
+@evaluation("behavioural")
 def form_spread(arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 32, seed: int = 0) -> list[Score]:
     """Answer probability of each fact in its easiest and its hardest form, and the spread between the two.
 

@@ -21,7 +21,7 @@ NEAR = 5
 KIN = 0.5
 
 
-@evaluation
+@evaluation("intrinsic")
 def lens(
     arm: Arm,
     facts: Sequence[Fact],

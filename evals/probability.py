@@ -11,7 +11,7 @@ from excise.registry import evaluation
 from excise.scores import Score
 
 
-@evaluation
+@evaluation("behavioural")
 def probability(
     arm: Arm,
     facts: Sequence[Fact],

@@ -33,7 +33,7 @@ class Task:
     folds: np.ndarray
 
 
-@evaluation
+@evaluation("intrinsic")
 def probe(
     arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 160, folds: int = 5, ridge: float = 0.1, seed: int = 0
 ) -> list[Score]:

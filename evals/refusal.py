@@ -47,7 +47,7 @@ OPENINGS = (
 READ = 80
 
 
-@evaluation
+@evaluation("behavioural")
 def refusal(
     arm: Arm,
     facts: Sequence[Fact],

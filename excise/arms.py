@@ -51,6 +51,7 @@ class Arm:
     model: Model
     edit: Edit | None = None
     _answers: dict[Prompt, Answer] = field(default_factory=dict, repr=False)
+    _said: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
 
     @property
     def mode(self) -> str:
@@ -68,6 +69,25 @@ class Arm:
         with applied(self.model, self.edit):
             yield self.model
 
+    @contextmanager
+    def held(self) -> Iterator[Arm]:
+        """This arm for an attacker of its weights: a fresh arm, remembering nothing, whose edit is in force all along.
+
+        What can be written into the weights stands in them, as in an exported checkpoint; hooks stay hooks. Whoever
+        changes weights inside the block puts them back; the edit itself is undone to the bit.
+        """
+        if self.edit is None or not self.edit.bakeable:
+            with self.running() as model:
+                yield Arm(self.name, model)
+            return
+        from excise.apply import bake
+
+        baked = bake(self.model, self.edit)
+        try:
+            yield Arm(self.name, self.model)
+        finally:
+            baked.revert()
+
     def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """Each prompt's answer under teacher forcing; one forward pass, kept for later questions about the same prompt."""
         new = [p for p in dict.fromkeys(prompts) if p not in self._answers]
@@ -80,9 +100,17 @@ class Arm:
         return [self._answers[p] for p in prompts]
 
     def generate(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 16, **options: Any) -> list[str]:
-        """The model's own words after each prompt."""
-        with self.running() as model:
-            return model.generate_all(prompts, max_new_tokens=max_new_tokens, **options)
+        """The model's own words after each prompt; what greedy decoding says is kept for later questions."""
+        if options.get("do_sample"):
+            with self.running() as model:
+                return model.generate_all(prompts, max_new_tokens=max_new_tokens, **options)
+        keys = [(p, max_new_tokens, repr(sorted(options.items()))) for p in prompts]
+        new = {key: p for key, p in zip(keys, prompts, strict=True) if key not in self._said}
+        if new:
+            with self.running() as model:
+                said = model.generate_all(list(new.values()), max_new_tokens=max_new_tokens, **options)
+            self._said |= dict(zip(new, said, strict=True))
+        return [self._said[key] for key in keys]
 
     def losses(self, texts: Sequence[str]) -> list[float]:
         """Mean next-token loss of each text, in nats. Texts that carry the template's own markers are not templated again."""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 # Longest list of option values that a recipe spells out.
 LONG = 32
 Kind = Literal["localizer", "editor", "evaluation"]
+Family = Literal["behavioural", "elicitation", "intrinsic"]
 FOLDERS: dict[Kind, str] = {"localizer": "localize", "editor": "edit", "evaluation": "evals"}
 LEADING: dict[Kind, tuple[str, ...]] = {
     "localizer": ("model", "facts"),
@@ -38,13 +39,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its kind, name, function and options."""
+    """A registered method: its kind, name, function and options; an evaluation also has a family."""
 
     kind: Kind
     name: str
     function: Callable[..., Any]
     options: tuple[Option, ...]
     summary: str
+    family: str = ""
 
 
 _METHODS: dict[tuple[Kind, str], Method] = {}
@@ -60,12 +62,16 @@ def editor(function: Callable[..., Any]) -> Callable[..., Any]:
     return _register("editor", function)
 
 
-def evaluation(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register `(arm, facts, *, options) -> list of Score`; it is handed `before` when its signature asks for it."""
-    return _register("evaluation", function)
+def evaluation(family: Family) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register `(arm, facts, *, options) -> list of Score`; it is handed `before` when its signature asks for it.
+
+    family: what it looks at. "behavioural": what the model says when asked; "elicitation": what it says under attack;
+    "intrinsic": what is readable inside it.
+    """
+    return functools.partial(_register, "evaluation", family=family)
 
 
-def _register(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
+def _register(kind: Kind, function: Callable[..., Any], family: str = "") -> Callable[..., Any]:
     signature = inspect.signature(function)
     leading = tuple(p.name for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY)
     if leading != LEADING[kind]:
@@ -84,9 +90,8 @@ def _register(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
         options = {o.name: _plain(bound.arguments[o.name]) for o in made.options}
         return replace(result, recipe={"method": name, **options, **result.recipe})
 
-    made = Method(
-        kind, name, recorded, tuple(_options(function, signature)), (inspect.getdoc(function) or "").split("\n")[0]
-    )
+    summary = (inspect.getdoc(function) or "").split("\n")[0]
+    made = Method(kind, name, recorded, tuple(_options(function, signature)), summary, family)
     _METHODS[kind, name] = made
     return recorded
 
