@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -24,8 +25,8 @@ def sae_features(
     model: Model,
     facts: Sequence[Fact],
     *,
-    dictionary: str | Dictionary = "",
-    rule: str = "sparsity",
+    dictionary: str = "",
+    rule: Literal["sparsity", "importance", "attribution", "difference"] = "sparsity",
     features: int = 32,
     most: float = 0.01,
     explained: float = 0.5,
@@ -36,7 +37,8 @@ def sae_features(
 
     The score of a feature for a fact is that of the rule over the fact's prompts (no special tokens); 0 where the rule
     excludes it. Directions are the features' decoder rows.
-    dictionary: a sae-lens folder, release:sae_id, or testbed:dense; left out, the embedded one of an embedded model.
+    dictionary: a sae-lens folder, release:sae_id, or testbed:dense (in Python a `Dictionary`, too); left out, the embedded
+        one of an embedded model.
     rule: sparsity, importance, attribution or difference (sae.select).
     features: how many features, dealt in turn among the facts to be forgotten.
     most: share of retain tokens on which a chosen feature may fire at most.

@@ -1,1 +1,10 @@
 """Dictionaries: load, train, encode, decode, select features. Nothing here knows what forgetting is."""
+
+from sae.cards import FeatureCard, cards
+from sae.dictionary import Dictionary
+from sae.load import load
+from sae.match import check
+from sae.statistics import FeatureStats, statistics
+from sae.train import train
+
+__all__ = ["Dictionary", "FeatureCard", "FeatureStats", "cards", "check", "load", "statistics", "train"]

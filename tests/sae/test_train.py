@@ -1,6 +1,7 @@
 """Training with sae-lens's trainer on a stream from a model: it learns, it is kept, it is the same again."""
 
 import functools
+import importlib
 import json
 from itertools import cycle, islice
 
@@ -49,7 +50,8 @@ def test_the_stream_leaves_out_bos_and_padding_and_starts_again(monkeypatch):
     lengths = [len(tiny().tokenizer(t)["input_ids"]) - 1 for t in TEXTS]
     assert len(first) == len(second) == sum(lengths) and not torch.equal(first, second)
     assert torch.equal(first.sort(0).values, second.sort(0).values)
-    monkeypatch.setattr("sae.train.KEPT", 0)  # what does not fit in memory is read again, to the same end
+    # What does not fit in memory is read again, to the same end.
+    monkeypatch.setattr(importlib.import_module("sae.train"), "KEPT", 0)
     assert torch.equal(*islice(stream(tiny(), HOOK, TEXTS), 2))
     assert len(list(stream(tiny(), HOOK, iter(TEXTS)))) == 1
 
