@@ -82,3 +82,27 @@ def test_compare_runs_everything_on_every_arm(model):
     assert results.value("edited", "asked").value != results.value("before", "asked").value
     with pytest.raises(KeyError, match="0 rows match"):
         results.value("before", "nothing")
+
+
+def test_a_held_edit_stands_in_the_weights_and_leaves_to_the_bit(model):
+    arm = Arm("edited", model, some_edit(model))
+    shown, matrix = arm.answers(PROMPTS), model.weight("blocks.0.attn.W_O")
+    old = matrix.detach().clone()
+    with pytest.raises(RuntimeError, match="half-way"), arm.held() as inside:
+        assert inside.edit is None and not torch.equal(matrix, old)
+        for a, b in zip(inside.answers(PROMPTS), shown, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+        raise RuntimeError("half-way")
+    assert torch.equal(matrix, old)
+
+
+def test_what_greedy_decoding_says_is_asked_once(model, monkeypatch):
+    arm, passes = Arm("before", model), []
+    generate = model.generate_all
+    monkeypatch.setattr(model, "generate_all", lambda *a, **k: passes.append(len(a[0])) or generate(*a, **k))
+    first = arm.generate(PROMPTS[:2], max_new_tokens=3)
+    assert arm.generate(PROMPTS, max_new_tokens=3)[:2] == first and passes == [2, 1]
+    arm.generate(PROMPTS[:1], max_new_tokens=2)
+    arm.generate(PROMPTS[:1], max_new_tokens=3, do_sample=True)
+    arm.generate(PROMPTS[:1], max_new_tokens=3, do_sample=True)
+    assert passes == [2, 1, 1, 1, 1], "other lengths and drawn words are asked anew"
