@@ -178,11 +178,16 @@ def compare(
         for arm in every:
             if progress:
                 progress(f"{name} on {arm.name}")
-            scores[arm.name, name] = evaluate(evaluation, arm, every[0], known)
+            scores[arm.name, name] = evaluate(
+                evaluation, arm, known, every[0], every[-1] if oracle is not None else None
+            )
     return Results(scores, {a.name: a.mode for a in every})
 
 
-def evaluate(evaluation: Evaluation, arm: Arm, before: Arm, facts: Facts, **options: Any) -> tuple[Score, ...]:
-    """One evaluation on one arm; `before` goes to those that compare."""
-    wants_before = "before" in inspect.signature(evaluation).parameters
-    return tuple(evaluation(arm, facts, **({"before": before} if wants_before else {}), **options))
+def evaluate(
+    evaluation: Evaluation, arm: Arm, facts: Facts, before: Arm, oracle: Arm | None = None, **options: Any
+) -> tuple[Score, ...]:
+    """One evaluation on one arm; `before` and `oracle` go to those that compare."""
+    wanted = inspect.signature(evaluation).parameters
+    others = {k: v for k, v in (("before", before), ("oracle", oracle)) if k in wanted}
+    return tuple(evaluation(arm, facts, **others, **options))

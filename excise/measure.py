@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,31 +47,72 @@ def measure(
     shared: Mapping[str, Any],
     own: Mapping[str, Mapping[str, Any]] | None = None,
     kept: Path | None = None,
+    minutes: float | None = None,
 ) -> Results:
-    """Every evaluation on every arm; the first arm is "before".
+    """Every evaluation on every arm; the first arm is "before", one called "oracle" never learned the facts.
 
     shared: option values, handed to each evaluation that has an option of that name.
     own: further options by evaluation.
     kept: a results.jsonl; what stands there under the same key is not measured again, the rest is added item by item.
+    minutes: an evaluation that does not fit into what is left of them, judging by its first arm, is left out on all
+        arms; `Results.recipe["left_out"]` names it. `recipe["seconds"]` says what each evaluation took.
     """
-    store = Store(kept)
-    about, states = facts_digest(facts), {a.name: _state(a) for a in arms}
-    scores: dict[tuple[str, str], tuple[Score, ...]] = {}
-    for method, arm in bar([(m, a) for m in evaluations for a in arms], what="measuring"):
-        options = {o.name: shared[o.name] for o in method.options if o.name in shared} | dict(
-            (own or {}).get(method.name, {})
-        )
-        key = digest(
-            __version__, method.name, settings(method, options), about, arm.name, states[arm.name], states[arms[0].name]
-        )
-        found = store.get(key)
-        if found is None:
-            found = evaluate(method.function, arm, arms[0], facts, **options)
-            store.add(key, arm, method, found)
-        scores[arm.name, method.name] = found
-    results = Results(scores, {a.name: a.mode for a in arms})
-    store.close(results)
+    items, scores = _Items(arms, facts, Store(kept)), {}
+    ends = time.monotonic() + 60 * minutes if minutes is not None else math.inf
+    left_out: dict[str, str] = {}
+    for method in bar(evaluations, what="measuring"):
+        options = {o.name: shared[o.name] for o in method.options if o.name in shared}
+        options |= (own or {}).get(method.name, {})
+        reason = items.measure(method, options, ends)
+        if reason:
+            left_out[method.name] = reason
+        else:
+            scores |= {(a.name, method.name): items.scores(method, options, a) for a in arms}
+    recipe = {"seconds": {m.name: items.seconds(m.name) for m in evaluations if m.name not in left_out}}
+    results = Results(scores, {a.name: a.mode for a in arms}, recipe | ({"left_out": left_out} if left_out else {}))
+    items.store.close(results)
     return results
+
+
+class _Items:
+    """The items of one run, one per evaluation and arm, measured or read from the store."""
+
+    def __init__(self, arms: Sequence[Arm], facts: Facts, store: Store) -> None:
+        self.arms, self.facts, self.store = arms, facts, store
+        self.oracle = next((a for a in arms if a.name == "oracle"), None)
+        self._about, self._states = facts_digest(facts), {a.name: _state(a) for a in arms}
+
+    def key(self, method: Method, options: Mapping[str, Any], arm: Arm) -> str:
+        """What an item follows from; the oracle counts only where it is looked at."""
+        looks = "oracle" in inspect.signature(method.function).parameters and self.oracle is not None
+        others = [self.arms[0].name, *(["oracle"] if looks else [])]
+        return digest(
+            __version__, method.name, settings(method, options), self._about, arm.name, self._states[arm.name],
+            *(self._states[name] for name in others),
+        )  # fmt: skip
+
+    def measure(self, method: Method, options: Mapping[str, Any], ends: float) -> str:
+        """Measure what is not in the store, arm by arm; why not, where the time does not suffice for all arms."""
+        missing = [a for a in self.arms if self.store.get(self.key(method, options, a)) is None]
+        for done, arm in enumerate(missing):
+            start = time.monotonic()
+            if start >= ends:
+                return "no time was left"
+            found = evaluate(method.function, arm, self.facts, self.arms[0], self.oracle, **options)
+            took = time.monotonic() - start
+            self.store.add(self.key(method, options, arm), arm, method, found, took)
+            rest = took * (len(missing) - done - 1)
+            if rest and time.monotonic() + rest > ends:
+                return f"the time left was not enough for it: about {took * len(self.arms):.0f} s"
+        return ""
+
+    def scores(self, method: Method, options: Mapping[str, Any], arm: Arm) -> tuple[Score, ...]:
+        """The finished item."""
+        return self.store.get(self.key(method, options, arm)) or ()
+
+    def seconds(self, evaluation: str) -> float:
+        """What an evaluation took over all arms, in this run or in those that it continues."""
+        return round(sum(self.store.seconds.get((a.name, evaluation), 0.0) for a in self.arms), 2)
 
 
 def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,33 +147,37 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.lines: dict[str, str] = {}
+        self.seconds: dict[tuple[str, str], float] = {}
         if path is not None and path.is_file():
             # A killed run can leave half a line at the end: only whole lines count.
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 record = _decoded(line)
                 if "scores" in record:
                     self.lines[record["key"]] = line
-        self.used: list[str] = []
+        self.used: dict[str, None] = {}
         self._tidy(list(self.lines.values()))
 
     def get(self, key: str) -> tuple[Score, ...] | None:
         """The scores of an item, or None."""
         if key not in self.lines:
             return None
-        self.used.append(key)
-        return tuple(Score(**s) for s in json.loads(self.lines[key])["scores"])
+        self.used[key] = None
+        record = json.loads(self.lines[key])
+        self.seconds[record["arm"], record["evaluation"]] = record.get("seconds", 0.0)
+        return tuple(Score(**s) for s in record["scores"])
 
-    def add(self, key: str, arm: Arm, method: Method, scores: Sequence[Score]) -> None:
+    def add(self, key: str, arm: Arm, method: Method, scores: Sequence[Score], seconds: float = 0.0) -> None:
         """Append one item."""
         record = {
             "key": key,
             "arm": arm.name,
             "evaluation": method.name,
             "mode": arm.mode,
+            "seconds": round(seconds, 3),
             "scores": [_compact(s) for s in scores],
         }
         self.lines[key] = json.dumps(record, ensure_ascii=False)
-        self.used.append(key)
+        self.used[key] = None
         if self.path is not None:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:

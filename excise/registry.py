@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+# Keyword parameters of an evaluation that are other arms, handed over by whoever measures; not options.
+ARMS = ("before", "oracle")
 # Longest list of option values that a recipe spells out.
 LONG = 32
 Kind = Literal["localizer", "editor", "evaluation"]
@@ -63,8 +65,9 @@ def editor(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def evaluation(family: Family) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `(arm, facts, *, options) -> list of Score`; it is handed `before` when its signature asks for it.
+    """Register `(arm, facts, *, options) -> list of Score`; a signature with `before` or `oracle` is handed that arm.
 
+    `oracle` is None where there is none.
     family: what it looks at. "behavioural": what the model says when asked; "elicitation": what it says under attack;
     "intrinsic": what is readable inside it.
     """
@@ -100,7 +103,7 @@ def _options(function: Callable[..., Any], signature: inspect.Signature) -> list
     doc = inspect.getdoc(function) or ""
     found = []
     for parameter in signature.parameters.values():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name == "before":
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name in ARMS:
             continue
         annotation = (
             parameter.annotation
