@@ -57,7 +57,8 @@ def measure(
     minutes: an evaluation that does not fit into what is left of them, judging by its first arm, is left out on all
         arms; `Results.recipe["left_out"]` names it. `recipe["seconds"]` says what each evaluation took.
     """
-    items, scores = _Items(arms, facts, Store(kept)), {}
+    items = _Items(arms, facts, Store(kept))
+    scores: dict[tuple[str, str], tuple[Score, ...]] = {}
     ends = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     left_out: dict[str, str] = {}
     for method in bar(evaluations, what="measuring"):
