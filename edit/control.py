@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.actions import Abstain, Affine, Dense, LowRank, Scale, Sparse
+from excise.actions import Abstain, Affine, Dense, LowRank, Reflect, Scale, Sparse
 from excise.edits import Change, Edit
+from excise.gates import Box, Gate, Linear
 
 
 def control(edit: Edit, *, seed: int = 0) -> Edit:
     """The random twin of an edit; same changes with their directions drawn anew, deterministic by seed.
 
-    Matrix changes keep sites, rank and Frobenius norm; scaled units keep their factors on other units; gates and
-    activation changes keep sites, shapes, norms and thresholds.
+    Matrix changes keep sites, rank and Frobenius norm; scaled and reflected units keep their numbers on other units,
+    sparse changes their values at other places; gates and activation changes keep sites, shapes, norms and thresholds.
+    Where a change declines, its gate is all there is to it: it reads the same amounts off other coordinates.
     """
     generator = torch.Generator().manual_seed(seed)
-    changes = tuple(replace(c, action=_twin(c, generator)) for c in edit.changes)
+    changes = tuple(replace(c, action=_twin(c, generator), gate=_gate(c, generator)) for c in edit.changes)
     return Edit(changes, {"method": "control", "seed": seed, "of": edit.recipe}, dict(edit.fingerprints))
 
 
@@ -31,9 +33,10 @@ def _twin(change: Change, generator: torch.Generator) -> Any:
             return twin.scaled((wanted or 0.0) / max(found or 0.0, 1e-30))
         case Dense(change=matrix):
             return Dense(_like(matrix, generator))
-        case Sparse(values=values) as action:
-            return replace(action, values=values[torch.randperm(len(values), generator=generator)])
-        case Scale(units=units) as action:
+        case Sparse(indices=indices, values=values):
+            order = torch.randperm(len(values), generator=generator)
+            return Sparse(_other_places(indices, generator), values[order])
+        case (Scale(units=units) | Reflect(units=units)) as action:
             return replace(action, units=_other_units(units, generator))
         case Affine(left=left, right=right, centre=centre, shift=shift):
             return Affine(_like(left, generator), _like(right, generator), centre, _like(shift, generator))
@@ -43,6 +46,19 @@ def _twin(change: Change, generator: torch.Generator) -> Any:
             drawn = {f.name: getattr(action, f.name) for f in fields(action)}
             turned = {n: _like(t, generator) for n, t in drawn.items() if isinstance(t, Tensor) and t.dim() == 2}
             return replace(action, **turned)
+
+
+def _gate(change: Change, generator: torch.Generator) -> Gate | None:
+    if not isinstance(change.action, Abstain):
+        return change.gate
+    match change.gate:
+        case Linear(direction=direction) as gate:
+            return replace(gate, direction=direction[torch.randperm(len(direction), generator=generator)])
+        case Box(lower=lower, upper=upper) as gate:
+            order = torch.randperm(lower.shape[-1], generator=generator)
+            return replace(gate, lower=lower[..., order], upper=upper[..., order])
+        case gate:
+            return gate
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -57,3 +73,9 @@ def _other_units(units: Tensor, generator: torch.Generator) -> Tensor:
     drawn = torch.randperm(width, generator=generator)
     named = torch.isin(drawn, units)
     return torch.cat([drawn[~named], drawn[named]])[: len(units)].sort().values
+
+
+def _other_places(indices: Tensor, generator: torch.Generator) -> Tensor:
+    """As many distinct places, all moved on by the same random distance, up to the last one named and round again."""
+    width = max(int(indices.max()) + 1, 2) if len(indices) else 2
+    return (indices + torch.randint(1, width, (1,), generator=generator)) % width

@@ -12,6 +12,7 @@ from dictionaries import axes
 from transformers import AutoModelForCausalLM
 
 from edit import control
+from excise.actions import Abstain
 from excise.apply import applied, bake
 from excise.checkpoint import export
 from excise.edits import Edit
@@ -28,7 +29,10 @@ FAMILIES = ("llama", "qwen3-moe", "gpt2", "neox", "gemma2")
 NOT_APPLICABLE = {"gemma2": "passes a norm|no experts"} | dict.fromkeys(("llama", "gpt2", "neox"), "no experts")
 # What an editor needs to be told on random models, which know nothing and decline nothing.
 # Clamping gets a dictionary that rebuilds any model of this width, and no gate: random features fire on every text.
+# Detectors are allowed many false positives: names that share their parts are hardly told apart by random weights.
 OPTIONS = {
+    "key_space": {"rate": 0.5},
+    "neuron_adjust": {"rate": 0.5},
     "lunar": {"declined": 0.0, "least": 0.0},
     "sae_clamp": {"dictionary": axes(), "select": "difference", "most": 2.0, "gate": "none"},
 }
@@ -162,13 +166,14 @@ def test_zero_strength_and_sums(made):
 
 def test_a_sum_of_two_edits_is_one_inside_the_other(made):
     model, edit = made
-    other = control(edit, seed=5).scaled(0.5)
+    declines = any(isinstance(c.action, Abstain) for c in edit.changes)  # wholly or not at all, and once is enough
+    other = control(edit, seed=5).scaled(1.0 if declines else 0.5)
     with applied(model, edit + other):
         both = logits(model)
     with applied(model, edit), applied(model, other):
         torch.testing.assert_close(logits(model), both, rtol=1e-5, atol=5e-5)
     with applied(model, edit):
-        assert not torch.allclose(logits(model), both, rtol=1e-5, atol=1e-4)
+        assert declines or not torch.allclose(logits(model), both, rtol=1e-5, atol=1e-4)
 
 
 def test_file_keeps_every_bit(made, tmp_path):
