@@ -14,8 +14,8 @@ from typing import Any, ParamSpec, TypeVar
 import matplotlib
 from matplotlib.figure import Figure
 
+from excise.comparison import arm_role
 from excise.page import plain
-from excise.verdict import arm_role
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from excise.comparison import arm_role
 from excise.facts import GROUPS, Facts
 from excise.page import Cell, Raw, esc, grid, number, table, tag
 from excise.scores import Localization, Results, Row
-from excise.verdict import arm_role
 
 MOST_ROWS = 30
 # Evaluations in the order in which they are read; others follow.

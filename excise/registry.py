@@ -149,3 +149,9 @@ def method(kind: Kind, name: str) -> Method:
         near = difflib.get_close_matches(name.replace("-", "_"), known, n=3) or sorted(known)
         raise ValueError(f"no {kind} {name!r}; did you mean {', '.join(near)}?")
     return found
+
+
+def family(name: str) -> str:
+    """The family of an evaluation; "" for one that is not registered."""
+    found = methods("evaluation").get(name)
+    return found.family if found else ""

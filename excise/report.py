@@ -10,6 +10,7 @@ from typing import Any
 
 from excise.facts import Fact, Facts
 from excise.files import write_text
+from excise.findings import FORMS
 from excise.fragments import (
     arm_label,
     edit_table,
@@ -23,7 +24,7 @@ from excise.fragments import (
 from excise.page import Raw, document, esc, pairs, table, tag
 from excise.scores import Localization, Results, Score
 from excise.statistics import aggregate
-from excise.verdict import FORMS, Verdict, verdict
+from excise.verdict import Verdict, verdict
 
 __all__ = ["edit_table", "facts_table", "localization_table", "results_table", "text_table", "verdict", "write_report"]
 

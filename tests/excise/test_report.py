@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from excise.comparison import paired, roles
 from excise.facts import Fact, Facts, Prompt
 from excise.page import number, plain
 from excise.report import edit_table, facts_table, localization_table, results_table, text_table, write_report
 from excise.scores import Localization, Results, Row, Score, TraceMap
 from excise.sites import Site
-from excise.verdict import paired, roles, verdict
+from excise.verdict import verdict
 
 EVIL = """<script>alert('x')</script>"><img src=x onerror="alert(1)">&amp;"""
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -226,7 +227,7 @@ def test_a_clean_edit() -> None:
     said = verdict(results())
     assert said.state == "good"
     assert said.headline == "The model no longer says the facts; what should stay has stayed."
-    assert [f.state for f in said.findings] == ["good", "good", "good", "good", "unmeasured", "good"]
+    assert [f.state for f in said.findings] == ["good", "good", "good", "unmeasured", "good", "unmeasured", "good"]
     assert "[0.00, 0.03], n 120, before 1.00" in said.findings[0].text
 
 

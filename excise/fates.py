@@ -1,0 +1,182 @@
+"""Fates: what became of each single fact, in words a reviewer can use, each with its evidence. Results in, fates out.
+
+A fact to forget is *still stated*, or *suppressed (recoverable by ...)*, or *suppressed (found inside: ...)*, or *removed*:
+the first that applies. A tool or an attack that finds it in the oracle too has taught or guessed it: that does not count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from excise.comparison import by_prompt, roles
+from excise.findings import FORMS
+from excise.registry import family
+from excise.scores import Results, Score
+
+Word = Literal[
+    "still stated", "suppressed (recoverable)", "suppressed (found inside)", "removed", "no longer stated",
+    "collateral damage", "kept", "not known before",
+]  # fmt: skip
+# In the order in which they are told; bad news first.
+WORDS: tuple[Word, ...] = (
+    "still stated", "suppressed (recoverable)", "suppressed (found inside)", "no longer stated", "removed",
+    "collateral damage", "kept", "not known before",
+)  # fmt: skip
+KEPT = ("retain", "neighbour", "general")
+# A value of at least this counts as found; where a low value means found, at most this.
+FOUND = 0.5
+# What looks at single facts from inside: evaluation, variant, whether a high value means that it is there.
+INSIDE = (
+    ("lens", "hit@5, any layer", True),
+    ("unlearning_depth", "erased", False),
+)
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of one fact.
+
+    by: attacks that bring it back, tools that find it inside, or prompts that were lost; evidence: the numbers in words.
+    """
+
+    fact: str
+    subject: str
+    group: str
+    word: Word
+    by: tuple[str, ...] = ()
+    evidence: str = ""
+
+    def __str__(self) -> str:
+        inside = f": {', '.join(self.by)})" if self.by and self.word.startswith("suppressed") else ""
+        said = self.word.removesuffix(")") + inside if inside else self.word
+        return f"{self.fact}: {said}{f'; {self.evidence}' if self.evidence else ''}"
+
+
+def fates(results: Results, recipe: Mapping[str, object] | None = None) -> list[Fate]:
+    """The fate of every fact that was asked for, forget facts first, the worst fates first."""
+    who = roles(results, recipe)
+    if "before" not in who or "edited" not in who:
+        return []
+    asked = {role: _by_fact(results.scores.get((arm, "recall"), ())) for role, arm in who.items()}
+    looked = {
+        (role, name): _values(results.scores.get((arm, name), ()))
+        for role, arm in who.items()
+        for name in _looks(results)
+    }
+    found = []
+    for fact, scores in asked["before"].items():
+        known = {role: by_prompt(mine.get(fact, ())) for role, mine in asked.items()}
+        if scores[0].group == "forget":
+            found.append(_forgotten(scores[0], known, {key: of.get(fact, {}) for key, of in looked.items()}))
+        elif scores[0].group in KEPT:
+            found.append(_kept(scores[0], known))
+    return sorted(found, key=lambda f: (f.group != "forget", WORDS.index(f.word)))
+
+
+def counted(found: Sequence[Fate]) -> str:
+    """The fates in one sentence: how many facts met which."""
+    parts = []
+    for forget, what in ((True, "to forget"), (False, "to keep")):
+        mine = [f for f in found if (f.group == "forget") is forget]
+        count = Counter(f.word for f in mine)
+        if mine:
+            listed = ", ".join(f"{count[w]} {w}" for w in WORDS if count[w])
+            parts.append(f"Of {len(mine)} facts {what}: {listed}.")
+    return " ".join(parts)
+
+
+def _by_fact(scores: Sequence[Score]) -> dict[str, list[Score]]:
+    found: dict[str, list[Score]] = {}
+    for score in scores:
+        found.setdefault(score.fact, []).append(score)
+    return found
+
+
+# By role: the scores of one fact by prompt. By role and evaluation: the values of one fact by variant.
+Asked = Mapping[str, dict[tuple[Any, ...], Score]]
+Looked = Mapping[tuple[str, str], dict[str, float]]
+
+
+def _forgotten(first: Score, asked: Asked, looked: Looked) -> Fate:
+    after, oracle = asked["edited"], asked.get("oracle", {})
+    known = [k for k, s in asked["before"].items() if s.value and k in after]
+    said = [k for k in known if after[k].value and not (k in oracle and oracle[k].value)]
+    told = f"answered in {len(said)} of {len(known)} prompts"
+
+    def fate(word: Word, by: Sequence[str] = (), evidence: str = told) -> Fate:
+        return Fate(first.fact, first.subject, first.group, word, tuple(by), evidence)
+
+    if not known:
+        return fate("not known before", (), "")
+    if _more_than_guessed(said, known):
+        return fate("still stated", _forms(said))
+    attacks, tools = list(_attacks(looked)), list(_tools(looked))
+    back, seen = ([name for name, found in looks if found] for looks in (attacks, tools))
+    if back:
+        return fate("suppressed (recoverable)", back, f"{told}; {len(back)} of {len(attacks)} attacks bring it back")
+    if seen:
+        return fate("suppressed (found inside)", seen)
+    nothing = f"{told}; {len(attacks)} attacks and {len(tools)} looks inside found nothing"
+    return fate("removed" if attacks and tools else "no longer stated", (), nothing)
+
+
+def _kept(first: Score, asked: Asked) -> Fate:
+    after = asked["edited"]
+    known = [k for k, s in asked["before"].items() if s.value and k in after]
+    lost = [k for k in known if not after[k].value]
+    if not known:
+        return Fate(first.fact, first.subject, first.group, "not known before")
+    word: Word = "collateral damage" if 2 * len(lost) >= len(known) else "kept"
+    evidence = f"{len(lost)} of {len(known)} prompts lost"
+    return Fate(first.fact, first.subject, first.group, word, _forms(lost), evidence)
+
+
+def _forms(keys: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(FORMS.get(k[1], k[1]) for k in keys))
+
+
+def _more_than_guessed(said: Sequence[tuple[Any, ...]], known: Sequence[tuple[Any, ...]]) -> bool:
+    """Any answer in the model's own words; of choices, which can be guessed, more than half."""
+    free = [k for k in said if k[1] != "choice"]
+    choices = len(said) - len(free)
+    return bool(free) or 2 * choices > sum(k[1] == "choice" for k in known) > 0
+
+
+def _looks(results: Results) -> list[str]:
+    """Evaluations that look at single facts: attacks, and tools that look inside."""
+    inside = {name for name, *_ in INSIDE}
+    return [name for name in results.evaluations if name in inside or family(name) == "elicitation"]
+
+
+def _attacks(looked: Looked) -> Iterator[tuple[str, bool]]:
+    """Each attack that was tried on the fact, and whether it brought the answer back."""
+    inside = {name for name, *_ in INSIDE}
+    for (role, name), values in looked.items():
+        if role == "edited" and name not in inside:
+            never = looked.get(("oracle", name), {})
+            for variant, value in values.items():
+                yield f"{name} ({variant})" if variant else name, value >= FOUND > never.get(variant, 0.0)
+
+
+def _tools(looked: Looked) -> Iterator[tuple[str, bool]]:
+    """Each look inside, and whether it found the fact where a model that never knew it shows nothing.
+
+    Without such a model there is no zero to compare with, and nothing is said.
+    """
+    for name, variant, high in INSIDE:
+        after, never = (looked.get((role, name), {}).get(variant) for role in ("edited", "oracle"))
+        if after is not None and never is not None:
+            yield name, (after >= FOUND > never) if high else (after <= FOUND < never)
+
+
+def _values(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
+    """By fact: the largest value of each variant."""
+    found: dict[str, dict[str, float]] = {}
+    for s in scores:
+        if s.value is not None:
+            mine = found.setdefault(s.fact, {})
+            mine[s.variant] = max(mine.get(s.variant, s.value), s.value)
+    return found

@@ -1,0 +1,119 @@
+"""Fates of single facts: the first word that applies, never more than the oracle allows, each with its evidence."""
+
+import pytest
+
+from excise import fates as module
+from excise import findings
+from excise.fates import counted, fates
+from excise.findings import recovered
+from excise.scores import Results, Score
+from excise.verdict import verdict
+
+FORMS = ("statement", "question", "choice")
+WHO = {"before": "before", "edited": "edited", "oracle": "oracle"}
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    family = {"relearning": "elicitation", "few_shot": "elicitation", "lens": "intrinsic"}.get
+    for where in (module, findings):
+        monkeypatch.setattr(where, "family", lambda name: family(name) or "behavioural")
+
+
+def recall(said, group="forget"):
+    """`said`: by fact, the forms that are answered."""
+    return [
+        Score(fact, f"subject of {fact}", group, float(form in forms), form)
+        for fact, forms in said.items()
+        for form in FORMS
+    ]
+
+
+def attack(values, variant=""):
+    return tuple(Score(f, f"subject of {f}", "forget", v, "statement", variant=variant) for f, v in values.items())
+
+
+def planted(*, oracle=True, **edited):
+    facts = list(edited)
+    arms = {
+        "before": recall(dict.fromkeys(facts, FORMS)) + recall({"kept": FORMS, "lost": FORMS}, "retain"),
+        "edited": recall(edited) + recall({"kept": FORMS[:2], "lost": FORMS[:1]}, "retain"),
+    }
+    if oracle:
+        arms["oracle"] = recall({f: ("question",) if f == "guessed" else () for f in facts})
+    return {(arm, "recall"): tuple(scores) for arm, scores in arms.items()}
+
+
+def words(scores):
+    return {f.fact: f.word for f in fates(Results(scores))}
+
+
+def test_what_is_still_said_is_stated_but_not_what_the_oracle_guesses():
+    scores = planted(said=("question",), silent=(), guessed=("question",), chosen=("choice",))
+    found = {f.fact: f for f in fates(Results(scores))}
+    assert found["said"].word == "still stated" and found["said"].by == ("questions",)
+    assert "1 of 3 prompts" in found["said"].evidence
+    assert found["guessed"].word == found["silent"].word == "no longer stated"
+    assert found["chosen"].word == "still stated", "its only choice was answered"
+    assert (found["kept"].word, found["lost"].word) == ("kept", "collateral damage")
+    assert "2 of 3 prompts lost" in found["lost"].evidence
+
+
+def test_a_choice_that_may_be_a_guess_is_not_a_statement():
+    scores = planted(chosen=())
+    more = tuple(Score("chosen", "s", "forget", v, "choice") for v in (1.0, 0.0, 0.0))
+    for arm in ("before", "edited"):
+        scores[arm, "recall"] += (
+            tuple(Score("chosen", "s", "forget", 1.0, "choice") for _ in more) if arm == "before" else more
+        )
+    assert words(scores)["chosen"] == "no longer stated"
+
+
+def test_attacks_come_before_looks_inside_and_the_oracle_takes_both_back():
+    scores = planted(back=(), inside=(), taught=(), gone=())
+    facts = ("back", "inside", "taught", "gone")
+    for arm, hits in (("before", facts), ("edited", ("back", "taught")), ("oracle", ("taught",))):
+        scores[arm, "relearning"] = attack({f: float(f in hits) for f in facts}, "held-out people")
+    for arm, hits in (("before", facts), ("edited", ("back", "inside")), ("oracle", ())):
+        scores[arm, "lens"] = attack({f: float(f in hits) for f in facts}, "hit@5, any layer")
+    found = {f.fact: f for f in fates(Results(scores))}
+    assert found["back"].word == "suppressed (recoverable)" and found["back"].by == ("relearning (held-out people)",)
+    assert str(found["back"]).startswith("back: suppressed (recoverable: relearning (held-out people));")
+    assert found["inside"].word == "suppressed (found inside)" and found["inside"].by == ("lens",)
+    assert found["taught"].word == found["gone"].word == "removed"
+    told = counted(list(found.values()))
+    assert "Of 4 facts to forget: 1 suppressed (recoverable), 1 suppressed (found inside), 2 removed." in told
+    assert "Of 2 facts to keep: 1 collateral damage, 1 kept." in told
+    assert [f.word for f in fates(Results(scores))][:2] == ["suppressed (recoverable)", "suppressed (found inside)"]
+
+
+def test_without_an_oracle_nothing_is_found_inside_and_removal_is_not_claimed():
+    scores = planted(oracle=False, a=())
+    scores["edited", "lens"] = attack({"a": 1.0}, "hit@5, any layer")
+    scores["edited", "few_shot"] = attack({"a": 0.0})
+    assert words(scores)["a"] == "no longer stated"
+    scores["edited", "few_shot"] = attack({"a": 1.0})
+    assert words(scores)["a"] == "suppressed (recoverable)"
+
+
+def test_facts_that_were_not_known_before_are_not_judged():
+    scores = planted(a=("question",))
+    scores["before", "recall"] = tuple(recall({"a": ()}))
+    assert words(scores) == {"a": "not known before"}
+
+
+def attacked(edited, oracle, n=40):
+    scores = planted(**{f"f{i}": () for i in range(n)})
+    for arm, share in (("before", 1.0), ("edited", edited), ("oracle", oracle)):
+        scores[arm, "few_shot"] = attack({f"f{i}": float(i < share * n) for i in range(n)})
+        scores[arm, "relearning"] = attack({f"f{i}": 0.0 for i in range(n)}, "steps 2")
+    return Results(scores, {"edited": "weight"})
+
+
+def test_recovery_counts_beyond_what_the_oracle_gives_under_the_same_attack():
+    said = recovered(attacked(0.5, 0.0), WHO)
+    assert said.state == "bad" and "few_shot +0.50" in said.text and "relearning" not in said.text
+    assert recovered(attacked(0.5, 0.5), WHO).state == "good", "what an attack teaches the oracle too is not recalled"
+    assert recovered(attacked(0.0, 0.0), WHO).state == "good"
+    assert "comes back under attack" in verdict(attacked(0.5, 0.0)).headline
+    assert recovered(attacked(0.0, 0.0, n=8), WHO).state == "unclear", "eight facts cannot exclude a tenth"
