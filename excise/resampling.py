@@ -1,12 +1,14 @@
-"""Intervals of means, shares and differences: arrays in, numbers out.
+"""Intervals of means, shares, differences and ratios: arrays in, numbers out.
 
-Scores about one subject are not independent, so intervals resample subjects with all their scores. Every random
+Scores about one subject are not independent, so intervals resample subjects with all their scores. With few subjects
+plain percentile intervals are too short (0.88 instead of 0.95 with eight), so percentiles are taken further out, as
+much as Student's t is wider than the normal (Hesterberg 2015, arXiv 1411.5279, "expanded percentile"). Every random
 procedure takes a seed and gives the same numbers twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,6 +38,27 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     return Interval(successes / n, float(interval.low), float(interval.high))
 
 
+def share(hits: Values, clusters: Labels | None = None, *, level: float = 0.95) -> Interval:
+    """Share of successes among 0s and 1s with its cluster-robust Wilson interval; NaN without observations.
+
+    The effective n is n over the design effect (never below 1), the quantile Student's t with clusters - 1 degrees of
+    freedom (Dean and Pagano 2015, doi 10.1093/jssam/smv024). The plain Wilson interval where there are no clusters or
+    one, and for values that are all equal, since they say nothing about clusters (0 of 64 is [0, 0.057]).
+    """
+    hits = np.asarray(hits, dtype=float)
+    n, p = len(hits), float(hits.mean()) if len(hits) else np.nan
+    sums, _ = per_cluster(hits - p, clusters)
+    k = len(sums)
+    if clusters is None or k < 2 or p in (0.0, 1.0):
+        return wilson(int(hits.sum()), n, level=level)
+    variance = k / (k - 1) * float(np.sum(sums**2)) / n**2
+    effective = n / max(1.0, variance * n / (p * (1 - p)))
+    t2 = float(stats.t.isf((1 - level) / 2, k - 1)) ** 2
+    centre, half = p + t2 / (2 * effective), np.sqrt(t2 * (p * (1 - p) / effective + t2 / (4 * effective**2)))
+    whole = 1 + t2 / effective
+    return Interval(p, float((centre - half) / whole), float((centre + half) / whole))
+
+
 def resampled_means(
     values: Values, clusters: Labels | None = None, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
@@ -60,23 +83,20 @@ def bootstrap_mean(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Mean with its percentile cluster-bootstrap interval.
+    """Mean with its cluster-bootstrap interval; shares, where every value is 0 or 1, with that of `share`.
 
-    Where all values are equal a bootstrap would claim certainty. Zeros only or ones only get the Wilson interval of
-    their count instead (0 of 64 is [0, 0.057]; it counts values, since equal ones say nothing about clusters); other
-    constant data get a zero-width interval. NaN without values.
+    Other constant data get a zero-width interval. NaN without values.
     counts: whether a value of 0 or 1 is a failure or a success; False where it is a quantity that happens to be 0 or 1.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         return Interval(np.nan, np.nan, np.nan)
+    if counts and np.isin(values, (0.0, 1.0)).all():
+        return share(values, clusters, level=level)
     if np.ptp(values) == 0:
-        first = float(values[0])
-        if counts and first in (0.0, 1.0):
-            return wilson(int(first) * len(values), len(values), level=level)
-        return Interval(first, first, first)
-    low, high = _percentiles(resampled_means(values, clusters, resamples=resamples, seed=seed), level)
-    return Interval(float(values.mean()), low, high)
+        return Interval(*[float(values[0])] * 3)
+    drawn = resampled_means(values, clusters, resamples=resamples, seed=seed)
+    return interval_of(float(values.mean()), drawn, units(values, clusters), level=level)
 
 
 def bootstrap_difference(
@@ -94,8 +114,8 @@ def bootstrap_difference(
         return Interval(np.nan, np.nan, np.nan)
     if np.ptp(difference) == 0:
         return Interval(*[float(difference[0])] * 3)
-    low, high = _percentiles(resampled_means(difference, clusters, resamples=resamples, seed=seed), level)
-    return Interval(float(difference.mean()), low, high)
+    drawn = resampled_means(difference, clusters, resamples=resamples, seed=seed)
+    return interval_of(float(difference.mean()), drawn, units(difference, clusters), level=level)
 
 
 def auc(members: Values, others: Values) -> float:
@@ -106,15 +126,97 @@ def auc(members: Values, others: Values) -> float:
 
 
 def bootstrap_auc(
-    members: Values, others: Values, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    members: Values,
+    others: Values,
+    clusters: tuple[Labels, Labels] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Interval:
-    """AUC with a stratified percentile bootstrap: members and non-members are drawn separately."""
+    """AUC with a stratified bootstrap: members and non-members are drawn separately, by cluster where labels are given.
+
+    Where one side is above the other altogether a bootstrap would claim certainty; the interval then is that of a share
+    of as many successes as the smaller side has clusters.
+    """
     a, b = np.asarray(members, float), np.asarray(others, float)
+    if not len(a) or not len(b):
+        return Interval(np.nan, np.nan, np.nan)
+    rows, columns = (_index(x, c) for x, c in zip((a, b), clusters or (None, None), strict=True))
+    few = min(rows.max(), columns.max()) + 1
+    value = auc(a, b)
+    if value in (0.0, 1.0):
+        return wilson(int(value * few), int(few), level=level)
     above = (a[:, None] > b[None]) + 0.5 * (a[:, None] == b[None])
-    ca = np.concatenate(list(_counts(len(a), resamples, seed)))
-    cb = np.concatenate(list(_counts(len(b), resamples, seed + 1)))
-    drawn = np.einsum("rn,rn->r", ca @ above, cb) / (len(a) * len(b))
-    return Interval(float(above.mean()), *_percentiles(drawn, level))
+    wins = np.zeros((rows.max() + 1, columns.max() + 1))
+    np.add.at(wins, (rows[:, None], columns[None]), above)
+    ca = np.concatenate(list(_counts(wins.shape[0], resamples, seed)))
+    cb = np.concatenate(list(_counts(wins.shape[1], resamples, seed + 1)))
+    drawn = ((ca @ wins) * cb).sum(1) / ((ca @ np.bincount(rows)) * (cb @ np.bincount(columns)))
+    return interval_of(value, drawn, int(few), level=level)
+
+
+def resampled_together(
+    parts: Sequence[tuple[Values, Labels]], *, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Means [n_parts, resamples] of several lists of scores when the same clusters are drawn for all of them.
+
+    parts: values and their cluster labels, one pair per list; not every list needs to hold every cluster. NaN in the
+    resamples where none of a list's clusters was drawn.
+    """
+    every, index = np.unique(np.concatenate([np.asarray(c, dtype=str) for _, c in parts]), return_inverse=True)
+    ends = np.cumsum([len(v) for v, _ in parts])
+    sums, sizes = [], []
+    for (values, _), mine in zip(parts, np.split(index, ends[:-1]), strict=True):
+        sums.append(np.bincount(mine, weights=np.asarray(values, float), minlength=len(every)))
+        sizes.append(np.bincount(mine, minlength=len(every)).astype(float))
+    total, count = np.stack(sums, 1), np.stack(sizes, 1)  # [clusters, parts]
+    blocks = []
+    for drawn in _counts(len(every), resamples, seed):
+        n = drawn @ count
+        blocks.append(np.divide(drawn @ total, n, out=np.full(n.shape, np.nan), where=n > 0))
+    return np.concatenate(blocks).T
+
+
+def bootstrap_ratio(
+    above: Values,
+    below: Values,
+    clusters: Labels | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `above` over mean of `below`, over the same items, with its paired cluster bootstrap.
+
+    NaN where the interval of the denominator covers 0: such a ratio means nothing.
+    """
+    differences(above, below)
+    labels = np.arange(len(above)) if clusters is None else clusters
+    denominator = bootstrap_mean(below, labels, counts=False, level=level, resamples=resamples, seed=seed)
+    if not (denominator.low > 0 or denominator.high < 0):
+        return Interval(np.nan, np.nan, np.nan)
+    top, bottom = resampled_together([(above, labels), (below, labels)], resamples=resamples, seed=seed)
+    drawn = np.divide(top, bottom, out=np.full(resamples, np.nan), where=bottom != 0)
+    return interval_of(float(np.mean(above)) / denominator.value, drawn, units(above, labels), level=level)
+
+
+def interval_of(value: float, drawn: np.ndarray, clusters: int, *, level: float = 0.95) -> Interval:
+    """The interval of a statistic from its resampled values (NaN among them are left out) and the number of clusters."""
+    drawn = drawn[np.isfinite(drawn)]
+    if not len(drawn):
+        return Interval(value, np.nan, np.nan)
+    if clusters < 2 or np.ptp(drawn) == 0:
+        return Interval(value, float(drawn.min()), float(drawn.max()))
+    out = float(stats.norm.sf(np.sqrt(clusters / (clusters - 1)) * stats.t.isf((1 - level) / 2, clusters - 1)))
+    low, high = np.quantile(drawn, [out, 1 - out])
+    return Interval(value, float(low), float(high))
+
+
+def units(values: Values, clusters: Labels | None) -> int:
+    """What is resampled: clusters, or values where there is one cluster only or none is named."""
+    k = len(values) if clusters is None else len(np.unique(np.asarray(clusters, dtype=str)))
+    return len(values) if k == 1 else k
 
 
 def differences(after: Values, before: Values) -> np.ndarray:
@@ -133,23 +235,26 @@ def per_cluster(values: np.ndarray, clusters: Labels | None) -> tuple[np.ndarray
         return values, np.ones(len(values))
     if len(clusters) != len(values):
         raise ValueError(f"{len(values)} values but {len(clusters)} cluster labels: give one label per value")
-    _, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    index = _index(values, clusters)
     return np.bincount(index, weights=values), np.bincount(index).astype(float)
 
 
-def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _index(values: np.ndarray, clusters: Labels | None) -> np.ndarray:
+    """Number of each value's cluster; without labels every value is its own."""
+    if clusters is None:
+        return np.arange(len(values))
+    return np.unique(np.asarray(clusters, dtype=str), return_inverse=True)[1]
 
 
-def _counts(units: int, resamples: int, seed: int) -> list[np.ndarray]:
+def _counts(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each unit is drawn in each resample: blocks [rows, units] that add up to `resamples` rows."""
     if units * resamples <= _BLOCK:
-        return [_kept_counts(units, resamples, seed)]
+        yield _kept_counts(units, resamples, seed)
+        return
     rng = np.random.default_rng(seed)
     rows = max(1, _BLOCK // units)
-    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    return [_draw(rng, units, size) for size in sizes]
+    for start in range(0, resamples, rows):
+        yield _draw(rng, units, min(rows, resamples - start))
 
 
 @lru_cache(maxsize=16)

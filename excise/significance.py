@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,41 @@ def sign_flip(changes: Values, clusters: Labels | None = None, *, resamples: int
         return float((np.abs(signs @ sums) >= observed).mean())
     signs = 1 - 2 * np.random.default_rng(seed).integers(0, 2, (resamples, n))
     return float((1 + (np.abs(signs @ sums) >= observed).sum()) / (1 + resamples))
+
+
+def permutation(a: Values, b: Values, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Two-sided p of the difference of means of two separate samples; exact where there are few ways to split them."""
+    rng = np.random.default_rng(seed)
+    found = stats.permutation_test(
+        (np.asarray(a, float), np.asarray(b, float)), lambda x, y, axis: x.mean(axis) - y.mean(axis),
+        vectorized=True, n_resamples=resamples, rng=rng,
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+class Trend(NamedTuple):
+    """Rank correlations of a series with its order, and the two-sided permutation p of the first."""
+
+    rho: float
+    tau: float
+    p: float
+
+
+def trend(x: Values, y: Values, *, resamples: int = RESAMPLES, seed: int = 0) -> Trend:
+    """Spearman's rho and Kendall's tau of y along x (layers, strengths, steps), p by permutation; NaN where constant."""
+    a, b = stats.rankdata(np.asarray(x, float)), stats.rankdata(np.asarray(y, float))
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return Trend(np.nan, np.nan, np.nan)
+    a, b = (a - a.mean()) / a.std(), (b - b.mean()) / b.std()
+    rho = float(a @ b) / len(a)
+    if len(a) <= 7:  # at most 5,040 orders: all of them
+        orders = np.array(list(itertools.permutations(b)))
+        p = float((np.abs(orders @ a) / len(a) >= abs(rho) - 1e-12).mean())
+    else:
+        rng = np.random.default_rng(seed)
+        hits = np.abs(rng.permuted(np.tile(b, (resamples, 1)), axis=1) @ a) / len(a) >= abs(rho) - 1e-12
+        p = float((1 + hits.sum()) / (1 + resamples))
+    return Trend(rho, float(stats.kendalltau(x, y).statistic), p)
 
 
 def ks(a: Values, b: Values) -> tuple[float, float]:

@@ -17,7 +17,11 @@ from excise.resampling import (
     bootstrap_auc,
     bootstrap_difference,
     bootstrap_mean,
+    bootstrap_ratio,
+    interval_of,
     resampled_means,
+    resampled_together,
+    share,
     wilson,
 )
 from excise.significance import (
@@ -28,7 +32,9 @@ from excise.significance import (
     holm,
     ks,
     mcnemar,
+    permutation,
     sign_flip,
+    trend,
 )
 
 if TYPE_CHECKING:
@@ -47,12 +53,18 @@ __all__ = [
     "bootstrap_auc",
     "bootstrap_difference",
     "bootstrap_mean",
+    "bootstrap_ratio",
     "equivalence",
     "holm",
+    "interval_of",
     "ks",
     "mcnemar",
+    "permutation",
     "resampled_means",
+    "resampled_together",
+    "share",
     "sign_flip",
+    "trend",
     "wilson",
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -14,12 +16,17 @@ from excise.statistics import (
     bootstrap_auc,
     bootstrap_difference,
     bootstrap_mean,
+    bootstrap_ratio,
     equivalence,
     holm,
     ks,
     mcnemar,
+    permutation,
     resampled_means,
+    resampled_together,
+    share,
     sign_flip,
+    trend,
     wilson,
 )
 
@@ -32,7 +39,7 @@ def test_wilson(successes: int, low: float, high: float) -> None:
 
 
 def test_bootstrap_of_a_fair_coin() -> None:
-    assert bootstrap_mean([0] * 50 + [1] * 50) == pytest.approx((0.5, 0.40, 0.60), abs=1e-9)
+    assert bootstrap_mean([0] * 50 + [1] * 50, counts=False) == pytest.approx((0.5, 0.40, 0.60), abs=1e-9)
 
 
 def test_bootstrap_is_the_same_twice_and_changes_with_the_seed() -> None:
@@ -72,6 +79,43 @@ def test_constant_data_never_claims_certainty_for_counts() -> None:
     assert all(np.isnan(bootstrap_mean([])))
 
 
+def test_share_is_wilson_widened_by_the_design_effect() -> None:
+    assert share([1.0] * 10 + [0.0] * 10) == wilson(10, 20)
+    # four subjects who agree with themselves are four observations but for the term k / (k - 1): n = 3, t(3) = 3.182
+    together = share([0.0] * 10 + [1.0] * 10, [s for s in "abcd" for _ in range(5)])
+    half = 3.1824 * np.sqrt(0.25 / 3 + 3.1824**2 / 36) / (1 + 3.1824**2 / 3)
+    assert together == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-3)
+    assert share([0.0] * 64) == wilson(0, 64) and np.isnan(share([]).value)
+    assert share([1, 0, 1, 1], ["a"] * 4) == share([1, 0, 1, 1])
+
+
+def _covered(draw: Callable[[np.random.Generator], tuple[np.ndarray, float]], subjects: int) -> float:
+    """Share of 1,000 drawn data sets [subjects, 8] whose 95 % interval holds the true mean."""
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(subjects), 8)
+    hits = 0
+    for _ in range(1000):
+        values, truth = draw(rng)
+        _, low, high = bootstrap_mean(values.ravel(), labels, resamples=1999)
+        hits += low <= truth <= high
+    return hits / 1000
+
+
+def _normal(subjects: int) -> Callable[[np.random.Generator], tuple[np.ndarray, float]]:
+    return lambda rng: (rng.normal(size=(subjects, 8)) + 0.7 * rng.normal(size=(subjects, 1)), 0.0)
+
+
+def _shares(subjects: int, p: float) -> Callable[[np.random.Generator], tuple[np.ndarray, float]]:
+    """Right and wrong answers whose rate differs from subject to subject, with an intra-class correlation of 0.1."""
+    return lambda rng: ((rng.random((subjects, 8)) < rng.beta(9 * p, 9 * (1 - p), (subjects, 1))).astype(float), p)
+
+
+@pytest.mark.parametrize("subjects", [8, 16, 40])
+def test_intervals_cover_what_they_promise(subjects: int) -> None:
+    assert 0.93 <= _covered(_normal(subjects), subjects) <= 0.97
+    assert 0.93 <= _covered(_shares(subjects, 0.5), subjects) <= 0.97
+    assert 0.92 <= _covered(_shares(subjects, 0.2), subjects) <= 0.98
+
+
 def test_paired_difference() -> None:
     rng = np.random.default_rng(0)
     before = rng.normal(size=60)
@@ -95,10 +139,41 @@ def test_sign_flip_is_calibrated() -> None:
     assert np.mean(np.array(p) < 0.05) == pytest.approx(0.05, abs=0.035)
 
 
+def test_permutation_of_separate_samples() -> None:
+    assert permutation([1, 2, 3], [4, 5, 6]) == pytest.approx(0.1)
+    assert permutation([1, 2, 3], [1, 2, 3]) == 1.0
+
+
+def test_trend() -> None:
+    assert trend([1, 2, 3, 4], [1, 3, 2, 4])[:2] == pytest.approx((0.8, 2 / 3))
+    # of the 24 orders of four values, 8 have |rho| of 0.8 or more: 1 and 3 either way
+    assert trend([1, 2, 3, 4], [1, 3, 2, 4]).p == pytest.approx(8 / 24)
+    assert trend(range(20), range(20)).p < 0.001 and np.isnan(trend([1, 2], [3, 3]).rho)
+
+
+def test_ratio_and_its_refusal() -> None:
+    rng = np.random.default_rng(0)
+    below = 1 + 0.1 * rng.normal(size=40)
+    value, low, high = bootstrap_ratio(below / 2, below)
+    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))  # paired: what both share cancels
+    assert np.isnan(bootstrap_ratio(below, rng.normal(size=40)).value)
+    noisy = bootstrap_ratio(0.5 * below + 0.1 * rng.normal(size=40), below)
+    assert noisy.low < 0.5 < noisy.high and noisy.high - noisy.low < 0.1
+
+
+def test_parts_are_resampled_together() -> None:
+    values, labels = np.arange(6.0), list("aabbcc")
+    one, two, part = resampled_together([(values, labels), (2 * values, labels), (values[:2], labels[:2])])
+    assert two == pytest.approx(2 * one) and one.mean() == pytest.approx(2.5, abs=0.05)
+    assert np.isnan(part).mean() == pytest.approx((2 / 3) ** 3, abs=0.02) and np.nanmax(part) == 0.5
+
+
 def test_ks() -> None:
     distance, p = ks([0, 1, 2, 3], [10, 11, 12, 13])
     assert distance == 1.0 and p == pytest.approx(2 / 70)
     assert ks([1, 2], [1, 2]) == (0.0, 1.0)
+    i = np.arange(20) / 20
+    assert ks(i, i + 0.5) == pytest.approx((0.5, 0.0122986), abs=1e-6)
 
 
 def test_mcnemar_and_chance() -> None:
@@ -154,6 +229,12 @@ def test_auc() -> None:
     value, low, high = bootstrap_auc(rng.normal(size=100), rng.normal(size=100))
     assert low < value < high
     assert (high - low) / 2 == pytest.approx(0.080, abs=0.01)
+    # labels that repeat each value ten times change nothing; values that are taken for independent shorten it
+    many = [np.repeat(rng.normal(size=20), 10) for _ in range(2)]
+    labels = np.repeat(np.arange(20), 10)
+    honest, naive = bootstrap_auc(*many, clusters=(labels, labels)), bootstrap_auc(*many)
+    assert honest.value == naive.value and honest.high - honest.low > 2 * (naive.high - naive.low)
+    assert bootstrap_auc([3.0] * 5, [1.0] * 9) == wilson(5, 5)
 
 
 def _score(subject: str, value: float | None, **keys: object) -> Score:
@@ -171,7 +252,8 @@ def test_aggregate_clusters_by_subject_and_counts_what_is_missing() -> None:
         "question",
         "none",
     )
-    assert (row.value, row.low, row.high, row.n, row.n_skipped) == (0.5, 0.0, 1.0, 20, 1)
+    assert (row.value, row.n, row.n_skipped) == (0.5, 20, 1)
+    assert (row.low, row.high) == pytest.approx((0.0603, 0.9397), abs=1e-3)  # four subjects, not twenty answers
 
 
 def test_aggregate_keeps_keys_apart_or_pools_over_them() -> None:
