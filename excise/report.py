@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.facts import Fact, Facts
+from excise.fates import counted, fates
 from excise.files import write_text
 from excise.findings import FORMS
 from excise.fragments import (
@@ -63,6 +64,7 @@ def write_report(
         ("where", "Where the facts were found", _where(localization)),
         ("inside", "What the inner layers still show", _layers(measured)),
         ("change", "What was changed", _change(edit, verification)),
+        ("fates", "What became of each fact", _fates(measured, recipe)),
         ("facts", "Fact by fact", _facts(facts, measured)),
         ("samples", "In the model's own words", _samples(samples)),
         ("again", "Reproduce", _reproduce(recipe)),
@@ -264,6 +266,18 @@ def _said(score: Score | None) -> object:
     if score is None:
         return None
     return Raw(("✓ " if score.value else "") + esc(score.detail or ("" if score.value else "(nothing)")))
+
+
+def _fates(results: Results | None, recipe: Mapping[str, Any]) -> list[Raw]:
+    found = fates(results, recipe) if results is not None else []
+    # Facts that were kept are counted; listed are those to forget, and what was lost.
+    told = [f for f in found if f.group == "forget" or f.word == "collateral damage"]
+    if not told:
+        return []
+    rows = [[f.fact, f.group, f.word, ", ".join(f.by), f.evidence] for f in told[:MOST_FACTS]]
+    more = f" {len(told) - MOST_FACTS} more are not listed." if len(told) > MOST_FACTS else ""
+    columns = ["fact", "group", "fate", "by", "evidence"]
+    return [tag("p", counted(found) + more), table(columns, rows, sortable=True)]
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> list[Raw]:

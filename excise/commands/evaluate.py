@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from excise.commands import common, options
+from excise.progress import say
 
 if TYPE_CHECKING:
     from excise.arms import Arm
+    from excise.facts import Facts
+    from excise.scores import Results
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -17,6 +22,15 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument(
         "evaluations", nargs="*", metavar="EVALUATION", help="such as recall drift; all when none is named"
     )
+    parser.add_argument(
+        "--with",
+        dest="families",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="families (behavioural, elicitation, intrinsic) or evaluations, besides those named; all for every one",
+    )
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="leave out what does not fit into so much time")
     parser.add_argument(
         "--before", "--model", dest="model", required=True, metavar="M", help="the model before the edit"
     )
@@ -29,12 +43,26 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     common.model_flags(parser, name=False)
     common.facts_flags(parser)
     parser.add_argument(
-        "--out", metavar="DIR", help="keep every finished item in DIR/results.jsonl, and continue from there"
+        "--out",
+        metavar="DIR",
+        help="keep every finished item in DIR/results.jsonl, continue from there, write DIR/report.html",
     )
     parser.add_argument("--force", action="store_true", help="use an edit that was made for another model")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     common.output_flags(parser)
     options.method_flags(parser, options.chosen_methods("evaluation", words))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def minutes(text: str) -> float:
+    """A time above zero, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,22 +73,51 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"would measure {args.model} on {facts!r}")
         return 0
-    from excise.measure import EVALUATIONS, measure, plain_row
+    from excise.audit import chosen, need_oracle
+    from excise.measure import measure
 
-    methods = options.chosen_methods("evaluation", ["eval", *(args.evaluations or EVALUATIONS)])
+    methods = chosen([*args.evaluations, *args.families])
+    if not args.oracle and (missing := need_oracle(methods)):
+        say(f"without --oracle these lack their zero point: {', '.join(missing)}")
     arms = _arms(args)
     shared: dict[str, Any] = {"seed": args.seed, **_world_of(args.facts, args.seed, facts.group("forget").subjects)}
     own = {m.name: options.given(args, m) for m in methods}
-    kept = common.out_folder(args.out) / "results.jsonl" if args.out else None
-    results = measure(arms, methods, facts, shared=shared, own=own, kept=kept)
+    folder = common.out_folder(args.out) if args.out else None
+    kept = folder / "results.jsonl" if folder else None
+    results = measure(arms, methods, facts, shared=shared, own=own, kept=kept, minutes=args.minutes)
+    if folder:
+        _write(folder, args, facts, results)
+    _show(args, facts, results)
+    return 3 if bad else 0
+
+
+def _show(args: argparse.Namespace, facts: Facts, results: Results) -> None:
+    from excise.audit import outcome, told
+    from excise.measure import plain_row
+    from excise.report import text_table
+
     table = results.table(seed=args.seed)
     if args.format == "json":
-        common.print_json({"facts": facts.counts, "results": [plain_row(r) for r in table]})
+        common.print_json({"facts": facts.counts, "results": [plain_row(r) for r in table], **outcome(results)})
     else:
-        from excise.report import text_table
-
         print(text_table(table))
-    return 3 if bad else 0
+        print(f"\n{common.printable_lines(told(results))}")
+
+
+def _write(folder: Path, args: argparse.Namespace, facts: Facts, results: Results) -> None:
+    """What `excise report` reads, and the report."""
+    import json
+
+    from excise.edits import Edit
+    from excise.facts_io import write_facts
+    from excise.files import write_text
+    from excise.report import write_report
+
+    settings = {"command": common.typed(args), "seconds": results.recipe.get("seconds", {})}
+    write_facts(folder / "facts.jsonl", facts)
+    write_text(folder / "run.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    edit = Edit.load(args.edit) if args.edit else None
+    say(f"report: {write_report(folder, facts=facts, edit=edit, results=results, recipe=settings)}")
 
 
 def _arms(args: argparse.Namespace) -> list[Arm]:

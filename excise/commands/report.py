@@ -12,7 +12,7 @@ from excise.commands import common
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     """Flags of `excise report`."""
-    parser.add_argument("folder", help="a run folder of `excise demo` or `excise run`")
+    parser.add_argument("folder", help="a run folder of `excise demo`, `excise run` or `excise eval --out`")
     common.output_flags(parser)
 
 
@@ -25,17 +25,17 @@ def run(args: argparse.Namespace) -> int:
     from excise.scores import Localization
 
     folder = Path(args.folder)
-    for name in ("run.json", "facts.jsonl", "localization.safetensors", "edit.safetensors", "results.jsonl"):
+    for name in ("run.json", "facts.jsonl", "results.jsonl"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: no such file; a report needs a finished run, such as `excise demo --out {folder}`"
+                f"{folder / name}: no such file; a report needs a finished run, such as `excise demo` or `excise eval --out {folder}`"
             )
     settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     path = write_report(
         folder,
         facts=read_facts(folder / "facts.jsonl"),
-        localization=Localization.load(folder / "localization.safetensors"),
-        edit=Edit.load(folder / "edit.safetensors"),
+        localization=Localization.load(found) if (found := folder / "localization.safetensors").is_file() else None,
+        edit=Edit.load(cut) if (cut := folder / "edit.safetensors").is_file() else None,
         results=read_results(folder / "results.jsonl"),
         verification=settings.get("verification"),
         recipe={k: v for k, v in settings.items() if k not in ("samples", "verification")},

@@ -52,6 +52,22 @@ def test_eval_two_checkpoints(cli: Cli, model_folder: Path, other_folder: Path, 
         {"arm", "evaluation", "group", "form", "value", "low", "high", "n"} <= r.keys() for r in found["results"]
     )
     assert "recall" in cli(*words).out
+    assert {"verdict", "findings", "fates", "left_out", "seconds"} <= found.keys()
+
+
+def test_eval_by_family_writes_a_report(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:
+    """Families, a budget, a folder that `excise report` reads; without an oracle it says what lacks its zero point."""
+    edit, out = an_edit(model_folder, tmp_path / "edit.safetensors"), tmp_path / "audit"
+    words = ("eval", "--before", model_folder, "--edit", edit, "--facts", facts_file, "--out", out)
+    found = cli(*words, "--with", "recall,drift", "--minutes", 5, "--format", "json").json
+    assert {r["evaluation"] for r in found["results"]} == {"recall", "drift"} and found["left_out"] == {}
+    again = cli(*words, "--with", "recall,drift")
+    assert "facts to forget" in again.out and (out / "report.html").is_file()
+    (out / "report.html").unlink()
+    assert cli("report", out).code == 0 and (out / "report.html").is_file()
+    said = cli(*words, "--with", "intrinsik")
+    assert said.code == 1 and "did you mean intrinsic" in said.err
+    assert cli(*words, "--minutes", "0").code == 2
 
 
 def test_eval_of_an_edit_with_its_control(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:

@@ -117,3 +117,11 @@ def test_recovery_counts_beyond_what_the_oracle_gives_under_the_same_attack():
     assert recovered(attacked(0.0, 0.0), WHO).state == "good"
     assert "comes back under attack" in verdict(attacked(0.5, 0.0)).headline
     assert recovered(attacked(0.0, 0.0, n=8), WHO).state == "unclear", "eight facts cannot exclude a tenth"
+
+
+def test_the_report_tells_fates_and_counts_what_was_kept(tmp_path):
+    from excise.report import write_report
+
+    page = write_report(tmp_path, results=attacked(0.5, 0.0)).read_text()
+    assert "What became of each fact" in page and "suppressed (recoverable)" in page
+    assert "Of 2 facts to keep: 1 collateral damage, 1 kept." in page
