@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from evals.sampling import Item, first_answer_token, measurable, nothing, sample
+from evals.states import states
 from excise.arms import Arm
 from excise.facts import Fact
 from excise.lens import answer_rank, decode
 from excise.model import Model
 from excise.registry import evaluation
 from excise.scores import Score
-from excise.trace import read
 
 GROUPS = ("forget", "retain")
 NEAR = 5
@@ -51,8 +51,8 @@ def lens(
     decoder = before.model if kin(arm.model, before.model) else arm.model
     gold = torch.tensor([first_answer_token(arm.model, item.prompt) for item in items])
     logprobs, ranks = [], []
-    for states in layer_states(arm, items):
-        logp, rank = answer_rank(decode(decoder, states), gold)
+    for rows in layer_states(arm, items):
+        logp, rank = answer_rank(decode(decoder, rows), gold)
         logprobs.append(logp)
         ranks.append(rank)
     logp, rank = torch.stack(logprobs, 1), torch.stack(ranks, 1)
@@ -64,10 +64,7 @@ def layer_states(arm: Arm, items: Sequence[Item]) -> list[torch.Tensor]:
 
     Hooks, not `hidden_states`: the last entry of those is already normalised.
     """
-    with arm.running() as model:
-        sites = [f"blocks.{i}.hook_resid_post@last" for i in range(model.n_layers)]
-        seen = read(model, [i.prompt for i in items], sites, answers=True)
-    return [seen[site] for site in sites]
+    return list(torch.stack([s.last for s in states(arm, [i.prompt for i in items])], 1))
 
 
 def kin(model: Model, other: Model) -> bool:

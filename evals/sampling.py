@@ -57,6 +57,17 @@ def sample(
     return [item for key in order for item in strata[key]]
 
 
+def direct(
+    facts: Sequence[Fact], *, groups: Sequence[str], form: str = "statement", limit: int = 24, seed: int = 0
+) -> list[Item]:
+    """One item a fact, its first prompt of the form (the direct one where it has none); at most `limit` per group."""
+    items = []
+    for group in groups:
+        members = ranked([f for f in facts if f.group == group], seed)
+        items += [Item(f, (f.ask(form) or [f.prompt])[0]) for f in (members[:limit] if limit else members)]
+    return items
+
+
 def ranked(facts: Sequence[Fact], seed: int) -> list[Fact]:
     """The facts in an order that follows from ids and seed: the first of each subject, the second of each, ..."""
     turn: dict[str, int] = {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from excise.encoding import Batch, as_prompt
+from excise.encoding import Batch, Row, as_prompt
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 from excise.scores import Results, Score
@@ -28,11 +28,14 @@ class Answer:
 
     logprobs: log-probability of each answer token. exact: every answer token is the argmax, as in greedy decoding.
     argmax: the model's own choice at each answer position; argmax[0] is the first token it would say.
+    targets: the answer tokens. ranks: rank of each among all tokens, 1 for the likeliest.
     """
 
     logprobs: tuple[float, ...]
     argmax: tuple[int, ...]
     exact: bool
+    targets: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
 
     @property
     def probability(self) -> float:
@@ -52,6 +55,8 @@ class Arm:
     edit: Edit | None = None
     _answers: dict[Prompt, Answer] = field(default_factory=dict, repr=False)
     _said: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
+    # What evaluations keep of this arm for each other, bounded by whoever keeps it (see evals/states.py).
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def mode(self) -> str:
@@ -89,14 +94,21 @@ class Arm:
             baked.revert()
 
     def answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """Each prompt's answer under teacher forcing; one forward pass, kept for later questions about the same prompt."""
+        """Each prompt's answer under teacher forcing; one forward pass, kept for later questions about the same prompt.
+
+        Answers of one token after the same text, such as candidates, share one row.
+        """
         new = [p for p in dict.fromkeys(prompts) if p not in self._answers]
         if new:
             with self.running() as model:
+                asked = _shared(new, model.tokenised(new, answers=True))
                 # Batches of less than full size: an edit's own matrices are held beside their logits.
-                for index, batch in model.batches(new, answers=True, tokens=max(1, 3 * model.batch_tokens // 4)):
-                    found = _answers(model, batch)
-                    self._answers |= {new[i]: answer for i, answer in zip(index, found, strict=True)}
+                tokens = max(1, 3 * model.batch_tokens // 4)
+                for index, batch in model.batches(
+                    [a.prompts[0] for a in asked], rows=[a.row for a in asked], tokens=tokens
+                ):
+                    for i, found in zip(index, _answers(model, batch, [asked[i].targets for i in index]), strict=True):
+                        self._answers |= zip(asked[i].prompts, found, strict=True)
         return [self._answers[p] for p in prompts]
 
     def generate(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 16, **options: Any) -> list[str]:
@@ -127,16 +139,46 @@ class Arm:
             return read(model, prompts, sites)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A row of tokens and the prompts that are answered by it, each with its answer's tokens."""
+
+    row: Row
+    prompts: list[Prompt]
+    targets: list[list[int]]
+
+
+def _shared(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[_Asked]:
+    """One row per prompt; those with an answer of one token need only what stands before it, one row per such text."""
+    found: dict[tuple[int, ...], _Asked] = {}
+    for prompt, row in zip(prompts, rows, strict=True):
+        before, answer = row.ids[: row.start], row.ids[row.start :]
+        key = tuple(before if len(answer) == 1 else row.ids) + (-len(answer),)
+        short = replace(row, ids=before) if len(answer) == 1 else row
+        asked = found.setdefault(key, _Asked(short, [], []))
+        asked.prompts.append(prompt)
+        asked.targets.append(answer)
+    return list(found.values())
+
+
 # One function a batch, so that its logits are gone before the next batch's are made.
-def _answers(model: Model, batch: Batch) -> list[Answer]:
+def _answers(model: Model, batch: Batch, targets: Sequence[Sequence[Sequence[int]]]) -> list[list[Answer]]:
     logits = model.logits(batch)
     found = []
-    for row in range(len(batch)):
-        logp, target = batch.answer_logits(logits, row).log_softmax(-1), batch.answer(row)
-        own = logp.argmax(-1)
-        picked = logp.gather(-1, target[:, None])[:, 0]
-        found.append(Answer(tuple(picked.tolist()), tuple(own.tolist()), bool((own == target).all())))
+    for row, answers in enumerate(targets):
+        start = batch.starts[row] - 1
+        logp = logits[row, start : start + len(answers[0])].log_softmax(-1)
+        found.append([_answer(logp, torch.tensor(a, device=logp.device)) for a in answers])
     return found
+
+
+def _answer(logp: torch.Tensor, target: torch.Tensor) -> Answer:
+    own, picked = logp.argmax(-1), logp.gather(-1, target[:, None])
+    ranks = 1 + (logp > picked).sum(-1)
+    return Answer(
+        tuple(picked[:, 0].tolist()), tuple(own.tolist()), bool((own == target).all()),
+        tuple(target.tolist()), tuple(ranks.tolist()),
+    )  # fmt: skip
 
 
 def _losses(model: Model, batch: Batch) -> list[float]:
