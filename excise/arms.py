@@ -153,7 +153,7 @@ def _shared(prompts: Sequence[Prompt], rows: Sequence[Row]) -> list[_Asked]:
     found: dict[tuple[int, ...], _Asked] = {}
     for prompt, row in zip(prompts, rows, strict=True):
         before, answer = row.ids[: row.start], row.ids[row.start :]
-        key = tuple(before if len(answer) == 1 else row.ids) + (-len(answer),)
+        key = (*(before if len(answer) == 1 else row.ids), -len(answer))
         short = replace(row, ids=before) if len(answer) == 1 else row
         asked = found.setdefault(key, _Asked(short, [], []))
         asked.prompts.append(prompt)

@@ -85,11 +85,16 @@ class Model:
         return self._collated(wanted, self.tokenised(wanted, answers=answers))
 
     def batches(
-        self, prompts: Sequence[Prompt | str], *, answers: bool = False, tokens: int | None = None
+        self,
+        prompts: Sequence[Prompt | str],
+        *,
+        answers: bool = False,
+        tokens: int | None = None,
+        rows: Sequence[Row] | None = None,
     ) -> Iterator[tuple[list[int], Batch]]:
-        """Batches of similar length, each with the indices of its prompts."""
+        """Batches of similar length, each with the indices of its prompts; `rows` when they are tokenised already."""
         wanted = [as_prompt(p) for p in prompts]
-        rows = self.tokenised(wanted, answers=answers)
+        rows = self.tokenised(wanted, answers=answers) if rows is None else rows
         for index in length_groups([len(r.ids) for r in rows], tokens=tokens or self.batch_tokens):
             yield index, self._collated([wanted[i] for i in index], [rows[i] for i in index])
 

@@ -41,6 +41,32 @@ def test_answers_equal_one_by_one_log_probabilities(model):
         assert answer.probability == pytest.approx(torch.tensor(expected).mean().exp().item(), rel=1e-3)
 
 
+def test_candidates_of_one_token_share_a_row_and_lose_nothing(model, monkeypatch):
+    """Letters after one text are read from one row; a longer answer has its own."""
+    asked = [Prompt("A cat\n", answer) for answer in ("a", "b", "sat on")]
+    alone = [Arm("before", model).answers([p])[0] for p in asked]
+    rows = []
+    plain = model.logits
+    monkeypatch.setattr(model, "logits", lambda batch: (rows.append(len(batch)), plain(batch))[1])
+    together = Arm("before", model).answers(asked)
+    lengths = [len(a.logprobs) for a in alone]
+    assert sum(rows) == 2 and [n > 1 for n in lengths] == [False, False, True]
+    for a, b in zip(alone, together, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert (a.argmax, a.targets, a.ranks, a.exact) == (b.argmax, b.targets, b.ranks, b.exact)
+
+
+def test_ranks_and_targets(model):
+    (answer,) = Arm("before", model).answers(PROMPTS[1:2])
+    batch = model.encode(PROMPTS[1:2], answers=True)
+    logits = batch.answer_logits(model.logits(batch), 0)
+    assert answer.targets == tuple(batch.answer(0).tolist())
+    order = logits.argsort(-1, descending=True)
+    expected = [row.tolist().index(t) + 1 for row, t in zip(order, answer.targets, strict=True)]
+    assert list(answer.ranks) == expected
+    assert answer.exact == all(rank == 1 for rank in answer.ranks)
+
+
 def test_exact_answers_are_those_that_greedy_decoding_says(model):
     """The model's own greedy words, given as the answer, are exact; any other first word is not."""
     arm = Arm("before", model)
