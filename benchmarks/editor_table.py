@@ -159,7 +159,7 @@ class Bench:
 
 
 def _values(known: Facts) -> tuple[dict[str, tuple[str, str]], dict[str, set[str]]]:
-    by_fact = {f.id: (f.relation, f.answer) for f in known}
+    by_fact = {f.id: (f.relation, f.answer) for f in known if f.group != "unknown"}
     pools: dict[str, set[str]] = {}
     for relation, answer in by_fact.values():
         pools.setdefault(relation, set()).add(answer)
@@ -361,7 +361,8 @@ def main() -> None:
     seeds = args.seeds[:1] if args.quick else args.seeds
     wanted = [c for c in CASES if c.name in (args.cases or (["rocr"] if args.quick else [c.name]))]
     rows = [json.loads(x) for x in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
-    done, benches = {(r["model"], r["seed"], r["case"]) for r in rows}, {}
+    done = {(r["model"], r["seed"], r["case"]) for r in rows}
+    benches: dict[Any, Bench] = {}
     for seed in seeds:
         for name in models:
             for case in sorted((c for c in wanted if applies(c, name)), key=lambda c: c.people != PEOPLE):
