@@ -1,23 +1,31 @@
 """Evaluations: `(arm, facts, *, options) -> list of Score`. One method per file."""
 
 from evals.drift import drift
+from evals.erasure import erasure
+from evals.forced_choice import forced_choice
 from evals.form_spread import form_spread
 from evals.head_projection import head_projection
 from evals.lens import lens
 from evals.lens_erasure import lens_erasure
+from evals.memorisation import memorisation
 from evals.probability import probability
 from evals.probe import probe
 from evals.recall import recall
 from evals.refusal import refusal
+from evals.truth_ratio import truth_ratio
 
 __all__ = [
     "drift",
+    "erasure",
+    "forced_choice",
     "form_spread",
     "head_projection",
     "lens",
     "lens_erasure",
+    "memorisation",
     "probability",
     "probe",
     "recall",
     "refusal",
+    "truth_ratio",
 ]

@@ -57,6 +57,16 @@ def sample(
     return [item for key in order for item in strata[key]]
 
 
+def asked_in(
+    facts: Sequence[Fact], *, groups: Sequence[str], forms: Sequence[str], limit: int = 32, seed: int = 0
+) -> list[Item]:
+    """As `sample`, and facts that have none of the forms are asked in all of theirs."""
+    usual = [f for f in facts if f.ask(*forms)]
+    other = [f for f in facts if not f.ask(*forms)]
+    chosen = sample(usual, groups=groups, forms=forms, limit=limit, seed=seed)
+    return chosen + sample(other, groups=groups, limit=limit, seed=seed)
+
+
 def direct(
     facts: Sequence[Fact], *, groups: Sequence[str], form: str = "statement", limit: int = 24, seed: int = 0
 ) -> list[Item]:

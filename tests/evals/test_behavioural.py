@@ -1,0 +1,168 @@
+"""Behavioural evaluations: the formulas by hand, and on the embedded models the oracle best and before worst."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import evals
+from evals.candidates import Candidates
+from evals.erasure import erased, kept
+from evals.forced_choice import choice
+from evals.memorisation import exact_memorisation, extraction_strength, reciprocal_rank
+from evals.sampling import Item
+from evals.truth_ratio import closer_to_1, knowledge, log_ratio, true_better
+from excise.arms import Arm
+from excise.facts import Fact, Facts, Prompt
+from excise.model import Model, load
+from excise.scores import Score
+from excise.testbed import facts as world_facts
+from tiny import tiny_model
+
+# Development seeds are 0 to 9.
+SEED = 4004
+
+
+@functools.cache
+def arms(kind: str = "dense") -> tuple[Arm, Arm, Arm]:
+    before = load(f"testbed:{kind}")
+    return Arm("before", before), Arm("again", before), Arm("oracle", load(f"testbed:{kind}-oracle"))
+
+
+@functools.cache
+def people(kind: str = "dense") -> Facts:
+    return world_facts(kind, seed=SEED, people=6, retain=6, neighbours=6, unknown=12, general=2)
+
+
+@functools.cache
+def measured(name: str, kind: str = "dense", **options: object) -> dict[str, list[Score]]:
+    """The scores of an evaluation on before, on before once more, and on the oracle."""
+    before, again, oracle = arms(kind)
+    function = getattr(evals, name)
+    keys = dict(options) | ({"before": before} if name in ("erasure", "drift", "fluency") else {})
+    return {a.name: function(a, people(kind), **keys) for a in (before, again, oracle)}
+
+
+def mean(scores: list[Score], variant: str, *groups: str) -> float:
+    values = [
+        s.value for s in scores if s.variant == variant and s.group in (groups or ("forget",)) and s.value is not None
+    ]
+    assert len(values) >= 6, f"{variant}: {len(values)} values"
+    return float(np.mean(values))
+
+
+def orders(
+    name: str, variant: str, before: tuple[float, float], oracle: tuple[float, float], **options: object
+) -> None:
+    """On facts to forget the means lie in these ranges; what before says twice is the same."""
+    found = measured(name, **options)
+    assert found["before"] == found["again"]
+    assert before[0] <= mean(found["before"], variant) <= before[1]
+    assert oracle[0] <= mean(found["oracle"], variant) <= oracle[1]
+
+
+def test_truth_ratio_by_hand() -> None:
+    right, wrong = math.log(0.5), [math.log(p) for p in (0.25, 0.125, 0.5)]
+    r = log_ratio(right, wrong)
+    assert math.exp(r) == pytest.approx(0.5)
+    assert (closer_to_1(r), true_better(r), knowledge(r)) == pytest.approx((0.5, 0.5, 2 / 3))
+    assert math.exp(log_ratio(right, wrong, "arithmetic")) == pytest.approx(0.58333, abs=1e-5)
+    assert (closer_to_1(-r), true_better(-r)) == pytest.approx((0.5, 0.0))
+    assert knowledge(1000.0) == 0.0 and knowledge(-1000.0) == 1.0 and true_better(-1000.0) == 1.0
+
+
+def test_memorisation_by_hand() -> None:
+    assert exact_memorisation((1, 2, 9, 4), (1, 2, 3, 4)) == 0.75
+    assert extraction_strength((1, 2, 9, 4), (1, 2, 3, 4)) == 0.25
+    assert extraction_strength((1, 2, 3, 4), (1, 2, 3, 4)) == 1.0
+    assert extraction_strength((1, 2, 3, 9), (1, 2, 3, 4)) == 0.0
+    assert extraction_strength((1, 2, 3, 9), (1, 2, 3, 4), compat=True) == 0.25
+    assert reciprocal_rank((1, 2, 4)) == pytest.approx(0.583333, abs=1e-6)
+
+
+def test_extraction_strength_is_what_free_generation_gives() -> None:
+    """From each beginning of the answer, greedy decoding says the rest exactly from k tokens on."""
+    arm = Arm("before", Model(*tiny_model("llama", seed=3)))
+    text = "Rome keeps\n"
+    (said,) = arm.model.generate_all([text], max_new_tokens=6)
+    for wanted in (said, said[: len(said) // 2] + " zq", "qq " + said):
+        (answer,) = arm.answers([Prompt(text, wanted)])
+        batch = arm.model.encode([Prompt(text, wanted)], answers=True)
+        ids, start, n = batch.ids, batch.starts[0], len(answer.targets)
+        rest = [
+            arm.model.hf.generate(ids[:, : start + k], max_new_tokens=n - k, do_sample=False, pad_token_id=0)
+            if k < n
+            else ids
+            for k in range(n + 1)
+        ]
+        k = next(k for k, out in enumerate(rest) if out[0].tolist() == ids[0].tolist())
+        assert extraction_strength(answer.argmax, answer.targets) == pytest.approx(1 - k / n)
+
+
+def test_forced_choice_by_hand() -> None:
+    assert choice(-1.0, [-2.0, -3.0]) == (1.0, 1.0, 1.0)
+    assert choice(-2.0, [-1.0, -3.0]) == (0.0, 0.5, -1.0)
+    assert choice(-1.0, [-1.0] * 3) == (0.25, 1 / 2.5, 0.0)
+
+
+def test_erasure_by_hand() -> None:
+    assert erased(0.8, 0.2) == pytest.approx(0.75) and erased(0.2, 0.8) == 0.0 and erased(0.0, 0.1) == 0.0
+    assert kept(0.8, 0.7) == pytest.approx(0.875) and kept(0.3, 0.3) == 1.0
+
+
+def _fact(name: str, answer: str, group: str = "retain", **keys: object) -> Fact:
+    back = Prompt(f"Who lives in {answer}?", name, answer, form="reversed")
+    return Fact(
+        name, name, answer, (Prompt(f"{name} lives in", answer, name), back), relation="home", group=group, **keys
+    )
+
+
+def test_candidates_are_foils_and_what_others_answer() -> None:
+    facts = [
+        _fact("Ann", "Rome", foils=("Oslo", "rome")),
+        _fact("Bea", "Paris"),
+        _fact("Cid", "Oslo"),
+        _fact("Dan", "Rome"),
+    ]
+    facts.append(replace(_fact("Eve", "unknown"), group="unknown"))
+    known = Candidates(facts)
+    ann, back = (Item(facts[0], p) for p in facts[0].prompts)
+    assert known.of(ann) == ["Oslo", "Paris"]  # itself never, in whatever spelling; nothing of unknown people
+    assert known.of(back) == ["Bea", "Cid", "Dan"]
+    assert known.of(ann, limit=1) == ["Oslo"] and len(known.of(back, limit=2)) == 2
+    lonely = replace(facts[1], relation="")
+    assert Candidates([lonely, *facts]).of(Item(lonely, lonely.prompt)) == []
+
+
+@pytest.mark.parametrize("name", ["truth_ratio", "forced_choice"])
+def test_without_wrong_answers_the_reason_is_said(name: str) -> None:
+    asked = Arm("before", Model(*tiny_model("llama")))
+    (score,) = getattr(evals, name)(asked, [Fact("a", "Ann", "Rome", (Prompt("Ann lives in", "Rome", "Ann"),))])
+    assert score.value is None and "foils" in score.reason
+
+
+class TestThePlantedTruth:
+    """The oracle never met the people to forget. Margins hold for both, on people nothing was tuned on."""
+
+    def test_truth_ratio(self) -> None:
+        orders("truth_ratio", "knowledge", (0.98, 1), (0.2, 0.6), limit=12)
+        orders("truth_ratio", "closer to 1", (0, 0.02), (0.2, 0.7), limit=12)
+        scores = measured("truth_ratio", limit=12)["oracle"]
+        assert mean(scores, "true better", "retain", "neighbour") > 0.98
+
+    def test_forced_choice(self) -> None:
+        orders("forced_choice", "right", (0.98, 1), (0, 0.25), limit=6)
+        orders("forced_choice", "margin", (2, 20), (-9, -1), limit=6)
+
+    def test_memorisation(self) -> None:
+        orders("memorisation", "extraction strength", (0.98, 1), (0, 0.25), limit=8)
+        orders("memorisation", "reciprocal rank", (0.98, 1), (0, 0.3), limit=8)
+
+    def test_erasure(self) -> None:
+        orders("erasure", "erased", (0, 0), (0.95, 1), limit=8)
+        assert mean(measured("erasure", limit=8)["oracle"], "kept", "retain", "neighbour") > 0.95
+        assert mean(measured("erasure", limit=8)["again"], "same first word", "forget", "retain") == 1.0
