@@ -61,6 +61,7 @@ def measure(
     scores: dict[tuple[str, str], tuple[Score, ...]] = {}
     ends = time.monotonic() + 60 * minutes if minutes is not None else math.inf
     left_out: dict[str, str] = {}
+    seconds: dict[str, float] = {}
     for method in bar(evaluations, what="measuring"):
         options = {o.name: shared[o.name] for o in method.options if o.name in shared}
         options |= (own or {}).get(method.name, {})
@@ -69,7 +70,8 @@ def measure(
             left_out[method.name] = reason
         else:
             scores |= {(a.name, method.name): items.scores(method, options, a) for a in arms}
-    recipe = {"seconds": {m.name: items.seconds(m.name) for m in evaluations if m.name not in left_out}}
+            seconds[method.name] = items.seconds(method, options)
+    recipe: dict[str, Any] = {"seconds": seconds}
     results = Results(scores, {a.name: a.mode for a in arms}, recipe | ({"left_out": left_out} if left_out else {}))
     items.store.close(results)
     return results
@@ -84,17 +86,17 @@ class _Items:
         self._about, self._states = facts_digest(facts), {a.name: _state(a) for a in arms}
 
     def key(self, method: Method, options: Mapping[str, Any], arm: Arm) -> str:
-        """What an item follows from; the oracle counts only where it is looked at."""
+        """What an item follows from; not the arm's name, and the oracle only where it is looked at."""
         looks = "oracle" in inspect.signature(method.function).parameters and self.oracle is not None
         others = [self.arms[0].name, *(["oracle"] if looks else [])]
         return digest(
-            __version__, method.name, settings(method, options), self._about, arm.name, self._states[arm.name],
+            __version__, method.name, settings(method, options), self._about, self._states[arm.name],
             *(self._states[name] for name in others),
         )  # fmt: skip
 
     def measure(self, method: Method, options: Mapping[str, Any], ends: float) -> str:
         """Measure what is not in the store, arm by arm; why not, where the time does not suffice for all arms."""
-        missing = [a for a in self.arms if self.store.get(self.key(method, options, a)) is None]
+        missing = [a for a in self.arms if self.store.get(self.key(method, options, a), a.name) is None]
         for done, arm in enumerate(missing):
             start = time.monotonic()
             if start >= ends:
@@ -109,11 +111,11 @@ class _Items:
 
     def scores(self, method: Method, options: Mapping[str, Any], arm: Arm) -> tuple[Score, ...]:
         """The finished item."""
-        return self.store.get(self.key(method, options, arm)) or ()
+        return self.store.get(self.key(method, options, arm), arm.name) or ()
 
-    def seconds(self, evaluation: str) -> float:
+    def seconds(self, method: Method, options: Mapping[str, Any]) -> float:
         """What an evaluation took over all arms, in this run or in those that it continues."""
-        return round(sum(self.store.seconds.get((a.name, evaluation), 0.0) for a in self.arms), 2)
+        return round(sum(self.store.seconds[self.key(method, options, a)] for a in self.arms), 2)
 
 
 def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,28 +150,29 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.lines: dict[str, str] = {}
-        self.seconds: dict[tuple[str, str], float] = {}
+        self.seconds: dict[str, float] = {}
         if path is not None and path.is_file():
             # A killed run can leave half a line at the end: only whole lines count.
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 record = _decoded(line)
                 if "scores" in record:
                     self.lines[record["key"]] = line
-        self.used: dict[str, None] = {}
+        # (arm, key): what two arms of the same state share is kept once for each.
+        self.used: dict[tuple[str, str], None] = {}
         self._tidy(list(self.lines.values()))
 
-    def get(self, key: str) -> tuple[Score, ...] | None:
-        """The scores of an item, or None."""
+    def get(self, key: str, arm: str) -> tuple[Score, ...] | None:
+        """The scores of an item, now those of this arm; or None."""
         if key not in self.lines:
             return None
-        self.used[key] = None
+        self.used[arm, key] = None
         record = json.loads(self.lines[key])
-        self.seconds[record["arm"], record["evaluation"]] = record.get("seconds", 0.0)
+        self.seconds[key] = record.get("seconds", 0.0)
         return tuple(Score(**s) for s in record["scores"])
 
     def add(self, key: str, arm: Arm, method: Method, scores: Sequence[Score], seconds: float = 0.0) -> None:
         """Append one item."""
-        record = {
+        record: dict[str, Any] = {
             "key": key,
             "arm": arm.name,
             "evaluation": method.name,
@@ -178,7 +181,8 @@ class Store:
             "scores": [_compact(s) for s in scores],
         }
         self.lines[key] = json.dumps(record, ensure_ascii=False)
-        self.used[key] = None
+        self.seconds[key] = record["seconds"]
+        self.used[arm.name, key] = None
         if self.path is not None:
             try:
                 with open(self.path, "a", encoding="utf-8") as file:
@@ -193,7 +197,11 @@ class Store:
     def close(self, results: Results) -> None:
         """Leave the items of this run and the table made of them."""
         rows = [json.dumps(plain_row(r), ensure_ascii=False) for r in results.table()] if self.path is not None else []
-        self._tidy([self.lines[k] for k in self.used] + rows)
+        self._tidy([self._named(key, arm) for arm, key in self.used] + rows)
+
+    def _named(self, key: str, arm: str) -> str:
+        record = json.loads(self.lines[key])
+        return self.lines[key] if record["arm"] == arm else json.dumps({**record, "arm": arm}, ensure_ascii=False)
 
     def _tidy(self, lines: Sequence[str]) -> None:
         if self.path is not None:

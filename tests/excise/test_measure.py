@@ -19,8 +19,8 @@ CALLS: list[tuple] = []
 @pytest.fixture
 def arms():
     CALLS.clear()
-    model, other = Model(*tiny_model("llama"), "llama"), Model(*tiny_model("gpt2"), "gpt2")
-    return [Arm("before", model), Arm("edited", model), Arm("oracle", other)]
+    models = [Model(*tiny_model(family), family) for family in ("llama", "mistral", "gpt2")]
+    return [Arm(name, model) for name, model in zip(("before", "edited", "oracle"), models, strict=True)]
 
 
 def plain(arm, facts, *, limit=3):
@@ -88,3 +88,13 @@ def test_a_budget_leaves_whole_evaluations_out_and_says_so(arms, tmp_path, monke
     assert "left_out" not in whole.recipe and whole.recipe["seconds"]["slow"] == pytest.approx(120)
     records = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [r["seconds"] for r in records if r["evaluation"] == "slow" and "scores" in r] == [40.0] * 3
+
+
+def test_an_arm_under_another_name_is_not_measured_again(arms, tmp_path):
+    kept = tmp_path / "results.jsonl"
+    measure(arms, [PLAIN], FACTS, shared={}, kept=kept)
+    CALLS.clear()
+    renamed = [Arm("before", arms[0].model), Arm("chosen", arms[1].model), Arm("twin", arms[1].model), arms[2]]
+    found = measure(renamed, [PLAIN], FACTS, shared={}, kept=kept)
+    assert not CALLS and found.arms == ["before", "chosen", "twin", "oracle"]
+    assert read_results(kept).arms == found.arms
