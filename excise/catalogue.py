@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from excise.registry import FOLDERS, Kind, Option, help_of
+from excise.registry import ARMS, FOLDERS, Kind, Option, help_of
 
 HOME = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Name, first line and options of a method."""
+    """Name, first line, options and whole docstring of a method; the file it is in; an evaluation's family."""
 
     name: str
     summary: str
     options: tuple[Option, ...]
+    doc: str = ""
+    path: str = ""
+    family: str = ""
 
 
 def catalogue(kind: Kind) -> list[Entry]:
@@ -38,20 +41,25 @@ def catalogue(kind: Kind) -> list[Entry]:
 def _entries(path: Path, kind: Kind) -> Iterator[Entry]:
     tree = _parsed(path)
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and any(
-            isinstance(d, ast.Name) and d.id == kind for d in node.decorator_list
-        ):
-            doc = inspect.cleandoc(ast.get_docstring(node) or "")
-            yield Entry(node.name, doc.split("\n")[0], tuple(_options(node.args, doc, tree)))
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        for mark in node.decorator_list:
+            name = mark.func if isinstance(mark, ast.Call) else mark
+            if isinstance(name, ast.Name) and name.id == kind:
+                doc = inspect.cleandoc(ast.get_docstring(node) or "")
+                family = str(ast.literal_eval(mark.args[0])) if isinstance(mark, ast.Call) and mark.args else ""
+                options = tuple(_options(node.args, doc, tree))
+                yield Entry(node.name, doc.split("\n")[0], options, doc, path.relative_to(HOME).as_posix(), family)
 
 
 def _options(args: ast.arguments, doc: str, tree: ast.Module) -> Iterator[Option]:
     for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True):
-        if arg.arg != "before":
+        if arg.arg not in ARMS:
             value = inspect.Parameter.empty if default is None else _value(default, tree)
-            yield Option(
-                arg.arg, value, ast.unparse(arg.annotation) if arg.annotation else "str", help_of(doc, arg.arg)
-            )
+            annotation = arg.annotation and ast.unparse(arg.annotation)
+            if isinstance(arg.annotation, ast.Name) and str(_value(arg.annotation, tree)).startswith("Literal["):
+                annotation = _value(arg.annotation, tree)
+            yield Option(arg.arg, value, annotation or "str", help_of(doc, arg.arg))
 
 
 def _value(node: ast.expr, tree: ast.Module) -> Any:

@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 # Keyword parameters of an evaluation that are other arms, handed over by whoever measures; not options.
 ARMS = ("before", "oracle")
@@ -105,13 +105,17 @@ def _options(function: Callable[..., Any], signature: inspect.Signature) -> list
     for parameter in signature.parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name in ARMS:
             continue
-        annotation = (
-            parameter.annotation
-            if isinstance(parameter.annotation, str)
-            else getattr(parameter.annotation, "__name__", "str")
-        )
+        annotation = _annotation(function, parameter.annotation)
         found.append(Option(parameter.name, parameter.default, annotation, help_of(doc, parameter.name)))
     return found
+
+
+def _annotation(function: Callable[..., Any], annotation: Any) -> str:
+    """The annotation as text; a name given to a Literal is spelled out, so that the choices are known."""
+    if not isinstance(annotation, str):
+        return getattr(annotation, "__name__", "str")
+    value = inspect.unwrap(function).__globals__.get(annotation)
+    return f"Literal[{', '.join(map(repr, get_args(value)))}]" if get_origin(value) is Literal else annotation
 
 
 def help_of(doc: str, option: str) -> str:
