@@ -1,7 +1,9 @@
 """Evaluations: `(arm, facts, *, options) -> list of Score`. One method per file."""
 
+from evals.coverage import coverage
 from evals.drift import drift
 from evals.erasure import erasure
+from evals.fluency import fluency
 from evals.forced_choice import forced_choice
 from evals.form_spread import form_spread
 from evals.head_projection import head_projection
@@ -12,11 +14,14 @@ from evals.probability import probability
 from evals.probe import probe
 from evals.recall import recall
 from evals.refusal import refusal
+from evals.rouge import rouge
 from evals.truth_ratio import truth_ratio
 
 __all__ = [
+    "coverage",
     "drift",
     "erasure",
+    "fluency",
     "forced_choice",
     "form_spread",
     "head_projection",
@@ -27,5 +32,6 @@ __all__ = [
     "probe",
     "recall",
     "refusal",
+    "rouge",
     "truth_ratio",
 ]

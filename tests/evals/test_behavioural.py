@@ -11,11 +11,15 @@ import pytest
 
 import evals
 from evals.candidates import Candidates
+from evals.coverage import entities, entity_coverage
 from evals.erasure import erased, kept
+from evals.fluency import brunet, honore, ngram_entropy, repetition
 from evals.forced_choice import choice
 from evals.memorisation import exact_memorisation, extraction_strength, reciprocal_rank
+from evals.rouge import PRESETS, rouge_of
 from evals.sampling import Item
 from evals.truth_ratio import closer_to_1, knowledge, log_ratio, true_better
+from evals.words import cut, own_words
 from excise.arms import Arm
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model, load
@@ -114,6 +118,80 @@ def test_erasure_by_hand() -> None:
     assert kept(0.8, 0.7) == pytest.approx(0.875) and kept(0.3, 0.3) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("wanted", "said", "recall", "f1", "rouge1"),
+    [
+        ("the cat sat on the mat", "the cat lay on a mat", 2 / 3, 2 / 3, 2 / 3),
+        ("alice lives in paris", "paris", 0.25, 0.4, 0.25),
+        ("a b c d", "d c b a", 0.25, 0.25, 1.0),
+        ("Wnzatj SAS.", "wnzatj sas", 1.0, 1.0, 1.0),
+        ("x", "", 0.0, 0.0, 0.0),
+    ],
+)
+def test_rouge_by_hand(wanted: str, said: str, recall: float, f1: float, rouge1: float) -> None:
+    found = [rouge_of(said, wanted, way) for way in ("tofu", "muse_know", "lunar")]
+    assert found == pytest.approx([recall, f1, rouge1], abs=1e-4)
+
+
+def test_rouge_presets_differ_where_they_should() -> None:
+    assert rouge_of("Wnzatj SAS", "Wnzatj SAS.", "rwku") == 0.5  # split at spaces: the full stop stays
+    assert rouge_of("he reads books", "he read book", "tofu") == 1.0  # stemmed
+    assert rouge_of("he reads books", "he read book", "muse_verb") == pytest.approx(1 / 3)
+    assert rouge_of("no\n\nParis", "Paris", "muse_know") == 0.0 and rouge_of("no\nParis", "Paris", "rwku") == 0.0
+    assert cut("a\nb", ()) == "a\nb" and PRESETS["tofu"].tokens == 200
+
+
+def test_own_words_stop_where_the_context_ends() -> None:
+    arm = Arm("before", Model(*tiny_model("gpt2")))
+    long = Prompt("a " * 20, "x")
+    assert own_words(arm, [long, Prompt("We", "x")], 500) and own_words(arm, []) == []
+    said = own_words(arm, [Prompt("We", "Rome"), Prompt("We", "Paris", form="question")], 4)
+    assert said[0] == said[1] and len(arm._said) == 3  # one question, whatever the answer
+
+
+def test_coverage_by_hand() -> None:
+    assert entities("Her mother is a civil engineer.", "What is her mother?") == ["civil", "engineer"]
+    assert entity_coverage("A civil servant", "a civil engineer") == 0.5
+    assert entity_coverage("", "a civil engineer") == entity_coverage("x", "") == 0.0
+    assert entity_coverage("to be", "To Be") == 1.0  # a name made of empty words is a name
+    assert entity_coverage("Parisian", "Paris") == 0.0
+
+
+@pytest.mark.parametrize(("group", "variant"), [("forget", "forgotten"), ("retain", "retained")])
+def test_forgotten_and_retained_by_what_is_said(group: str, variant: str) -> None:
+    asked = Arm("before", Model(*tiny_model("llama")))
+    prompt = Prompt("Rome keeps\n", "?")
+    (said,) = own_words(asked, [prompt])
+    same = Fact("same", "", said, (replace(prompt, answer=said),), group=group)
+    other = Fact("other", "", "quite something else", (replace(prompt, answer="quite something else"),), group=group)
+    rates = {s.fact: s.value for s in evals.coverage(asked, [same, other]) if s.variant == variant}
+    assert rates == ({"same": 0.0, "other": 1.0} if group == "forget" else {"same": 1.0, "other": 0.0})
+    denied = evals.coverage(asked, [same], contradicts=lambda first, second: True)
+    assert [s.value for s in denied if s.variant == variant] == [1.0 if group == "forget" else 0.0]
+
+
+def test_fluency_by_hand() -> None:
+    assert ngram_entropy("a b c d".split()) == pytest.approx(1.194988, abs=1e-6)
+    assert ngram_entropy("a a a a".split()) == 0 == ngram_entropy("a b".split())
+    assert ngram_entropy("a b a b a b".split()) == pytest.approx(0.990317, abs=1e-6)
+    assert (brunet("a b c d".split()), honore("a b c d".split())) == pytest.approx((3.012733, 1386.2944), abs=1e-4)
+    assert (brunet("a a a a".split()), honore("a a a a".split())) == pytest.approx((4.0, 126.02676), abs=1e-4)
+    assert repetition("a b a b a b".split()) == pytest.approx(1 / 3) and repetition(["a"]) == 0.0
+
+
+def test_fluency_continues_a_subject_and_finds_repetition() -> None:
+    asked = Arm("before", Model(*tiny_model("llama")))
+    facts = [Fact("a", "Ann Lee", "Rome", (Prompt("Ann Lee lives in", "Rome", "Ann Lee"),))]
+    scores = {s.variant: s for s in evals.fluency(asked, facts, before=asked, words=4)}
+    assert (
+        scores["entropy"].form == "opening"
+        and scores["entropy"].detail == own_words(asked, [Prompt("Ann Lee", "")], 4)[0]
+    )
+    assert scores["loss under before"].value is not None and scores["loss under before"].value > 0
+    own = evals.fluency(asked, [], before=asked, prompts=("Rome",))
+    assert {s.fact for s in own} == {"opening 0"} and {s.group for s in own} == {"general"}
+
+
 def _fact(name: str, answer: str, group: str = "retain", **keys: object) -> Fact:
     back = Prompt(f"Who lives in {answer}?", name, answer, form="reversed")
     return Fact(
@@ -157,6 +235,18 @@ class TestThePlantedTruth:
     def test_forced_choice(self) -> None:
         orders("forced_choice", "right", (0.98, 1), (0, 0.25), limit=6)
         orders("forced_choice", "margin", (2, 20), (-9, -1), limit=6)
+
+    def test_rouge(self) -> None:
+        orders("rouge", "rougeL recall", (0.98, 1), (0, 0.1), limit=8)
+        assert mean(measured("rouge", limit=8)["oracle"], "rougeL recall", "retain", "neighbour") > 0.98
+
+    def test_coverage(self) -> None:
+        orders("coverage", "forgotten", (0, 0.02), (0.9, 1), limit=8)
+        assert mean(measured("coverage", limit=8)["oracle"], "retained", "retain", "neighbour") > 0.98
+
+    def test_fluency(self) -> None:
+        orders("fluency", "loss under before", (0, 1.2), (1.5, 6), limit=6)
+        orders("fluency", "empty", (0, 0), (0, 0), limit=6)
 
     def test_memorisation(self) -> None:
         orders("memorisation", "extraction strength", (0.98, 1), (0, 0.25), limit=8)
