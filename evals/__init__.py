@@ -9,6 +9,7 @@ from evals.form_spread import form_spread
 from evals.head_projection import head_projection
 from evals.lens import lens
 from evals.lens_erasure import lens_erasure
+from evals.linear_recovery import linear_recovery
 from evals.memorisation import memorisation
 from evals.probability import probability
 from evals.probe import probe
@@ -16,6 +17,7 @@ from evals.recall import recall
 from evals.refusal import refusal
 from evals.rouge import rouge
 from evals.truth_ratio import truth_ratio
+from evals.unlearning_depth import unlearning_depth
 
 __all__ = [
     "coverage",
@@ -27,6 +29,7 @@ __all__ = [
     "head_projection",
     "lens",
     "lens_erasure",
+    "linear_recovery",
     "memorisation",
     "probability",
     "probe",
@@ -34,4 +37,5 @@ __all__ = [
     "refusal",
     "rouge",
     "truth_ratio",
+    "unlearning_depth",
 ]

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import evals
+from evals.alignment import Sums
 from evals.head_projection import candidates
 from evals.shares import erased, halves, other_half_best, recovered_share, weighted_erasure
 from evals.states import answer_mask, states
-from excise.actions import LowRank
+from evals.unlearning_depth import depths
+from excise.actions import Affine, LowRank
 from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.facts import Fact, Facts, Prompt
@@ -50,17 +52,21 @@ def moved(plain: Model, size: float = 0.3, seed: int = 0) -> Edit:
     return Edit((Change(Site("blocks.1.attn.W_O"), LowRank(left, right)),))
 
 
-def knows(plain: Model, n: int = 6) -> Facts:
-    """Facts whose answers are what the random model says: half to forget, half to keep."""
-    names = [f"{a}{b} Lee" for a in "QZXVJKWM" for b in "abcdefghij"]
+def knows(plain: Model, n: int = 24) -> Facts:
+    """Facts whose answers are what a random model, made sure of itself, most nearly says; half to forget, half to keep."""
+    with torch.no_grad():
+        plain.weight("unembed.W_U").mul_(5)
+    names = [f"{a}{b} Lee" for a in "QZXVJKWM" for b in "abcdefghij"][:n]
     asked = [Prompt(f"{name} was born in\n", "", name) for name in names]  # a newline needs no space after it
-    said = plain.generate_all(asked, max_new_tokens=1)
-    good = [replace(p, answer=w) for p, w in zip(asked, said, strict=True) if w.isascii() and w.isprintable() and w]
-    exact = [p for p, a in zip(good, Arm("", plain).answers(good), strict=True) if a.exact]
-    assert len(exact) >= n, "the random model says nothing that is text"
-    groups = ("forget", "retain")
+    vocabulary = {w: i for w, i in plain.tokenizer.get_vocab().items() if w.isascii() and w.isalpha()}
+    words = {i: w for w, i in vocabulary.items() if plain.tokenizer(f"a\n{w}")["input_ids"][-1] == i}
+    batch = plain.encode(asked)
+    logits = plain.logits(batch)[torch.arange(n), torch.tensor(batch.lengths) - 1]
+    ids = torch.tensor(sorted(words))
+    best = [words[int(ids[row[ids].argmax()])] for row in logits]
     return Facts(
-        Fact(f"f{i}", p.subject, p.answer, (p,), "x", groups[i % 2]) for i, p in enumerate(exact[: max(n, 24)])
+        Fact(f"f{i}", p.subject, w, (replace(p, answer=w),), "x", ("forget", "retain")[i % 2])
+        for i, (p, w) in enumerate(zip(asked, best, strict=True))
     )
 
 
@@ -132,7 +138,7 @@ def test_head_projection_is_monotone_and_finds_what_the_model_says() -> None:
     known = knows(plain)
     scores = evals.head_projection(arm, known, before=arm, layers=(1, 2), ks=(1, 2, 10))
     hits = [of(scores, f"projection, {k}") for k in (1, 2, 10)]
-    assert hits[0] and all(a <= b <= c for a, b, c in zip(*hits, strict=True))
+    assert len(hits[0]) > 2 and all(a <= b <= c for a, b, c in zip(*hits, strict=True))
     assert all(h == 1.0 for h in hits[0]), "the last layer's first choice is the answer"
     assert all(0 < c <= 2 * 2 * 2 / plain.weight("unembed.W_U").shape[1] for c in of(scores, "projection, 2, chance"))
     alone = evals.head_projection(arm, known, before=arm, layers=(2,))
@@ -153,3 +159,89 @@ def test_lens_erasure_between_before_and_oracle(family: str) -> None:
     alone = evals.lens_erasure(edited, facts, before=before)
     assert {s.value for s in alone if s.variant == "erasure"} == {None}
     assert of(alone, "mean drop") == of(between, "mean drop") and set(of(alone, "drop, layer 0")) == {0.0}
+
+
+# states put into the original
+
+
+def reflected(plain: Model, point: str, seed: int = 0) -> Edit:
+    """A hook that turns the activation round, x -> x - 2 v v'x: nothing is lost, everything is elsewhere."""
+    d = plain.names.d_model
+    v = torch.nn.functional.normalize(torch.randn(d, d // 2, generator=torch.Generator().manual_seed(seed)), dim=0)
+    v = torch.linalg.qr(v)[0]
+    return Edit((Change(Site(point), Affine(-2 * v, v.mT.contiguous(), torch.zeros(d), torch.zeros(d))),))
+
+
+def test_depths_by_hand() -> None:
+    reference, found = torch.tensor([[0.5, 1.0, 0.02]]), torch.tensor([[0.25, 2.0, 5.0]])
+    three = depths(reference, found)
+    assert three["depth"].item() == pytest.approx(0.833333, abs=1e-6)
+    assert three["depth without the last block"].item() == pytest.approx(0.833333, abs=1e-6)
+    assert three["unweighted"].item() == pytest.approx(0.75)
+    late = depths(torch.tensor([[0.01, 0.08, 0.08, 0.30, 1.45]]), torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.59]]))
+    assert late["depth without the last block"].item() == 0.0 and late["unweighted"].item() == 0.25
+    assert late["depth"].item() == pytest.approx(1.45 / 1.91)
+
+
+def test_a_linear_image_is_recovered_exactly() -> None:
+    x, m = torch.randn(200, 12, dtype=torch.float64), torch.randn(12, 12, dtype=torch.float64)
+    sums, held = Sums(), Sums()
+    for part in (x[:70], x[70:150]):
+        sums.add(part @ m, part)
+    held.add(x[150:] @ m, x[150:])
+    found = sums.fit(ridge=0.0)
+    assert (found(x[150:] @ m) - x[150:]).abs().max() < 1e-10
+    assert held.r2(found) == pytest.approx(1.0)
+    whole = sums.fit(ridge=0.1)
+    y, z = x[150:], x[150:] @ m
+    assert held.r2(whole) == pytest.approx(float(1 - ((y - whole(z)) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()))
+
+
+def test_a_constant_carries_nothing() -> None:
+    sums = Sums()
+    x, y = torch.full((50, 4), 1 / 3, dtype=torch.float64), torch.randn(50, 3)
+    sums.add(x, y)
+    found = sums.fit()
+    torch.testing.assert_close(found(x), y.double().mean(0).expand(50, 3), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_depth_between_before_and_oracle(family: str) -> None:
+    plain = model(family)
+    facts = knows(plain)
+    before, oracle = Arm("before", plain), Arm("oracle", plain, moved(plain, 3.0))
+    for arm, value in ((before, 0.0), (oracle, 1.0), (Arm("again", plain), 0.0)):
+        scores = evals.unlearning_depth(arm, facts, before=before, oracle=oracle)
+        for variant in ("depth", "depth without the last block", "unweighted"):
+            assert of(scores, variant) and set(of(scores, variant)) == {value}, variant
+    assert set(of(evals.unlearning_depth(before, facts, before=before, positions="all"), "cost, layer 0")) == {0.0}
+
+
+def test_an_edit_of_the_last_block_has_no_depth() -> None:
+    plain = model()
+    facts = knows(plain)
+    before, oracle = Arm("before", plain), Arm("oracle", plain, moved(plain, 3.0))
+    late = Arm("late", plain, reflected(plain, "blocks.2.hook_resid_post"))
+    scores = evals.unlearning_depth(late, facts, before=before, oracle=oracle)
+    assert np.mean(of(scores, "depth")) > 0.2
+    assert set(of(scores, "depth without the last block")) == {0.0}
+
+
+@pytest.mark.parametrize("family", ["llama", "neox", "qwen3-moe"])
+def test_what_was_turned_round_is_recovered_and_what_is_gone_is_not(family: str) -> None:
+    plain = model(family)
+    facts = knows(plain)
+    d, last = plain.names.d_model, "blocks.2.hook_resid_post"
+    before, turned = Arm("before", plain), Arm("turned", plain, reflected(plain, last))
+    # Everything goes to one point: the state no longer depends on the text.
+    flat = Edit((Change(Site(last), Affine(-torch.eye(d), torch.eye(d), torch.zeros(d), torch.randn(d))),))
+    gone = Arm("gone", plain, flat)
+    prompts = [f.prompt for f in facts.group("forget")]
+    found = {
+        arm.name: np.mean(of(evals.linear_recovery(arm, facts, before=before, oracle=gone, layers=(2,)), variant))
+        for arm in (before, turned, gone)
+        for variant in ("recovered share",)
+    }
+    assert found["before"] == 1.0 and found["gone"] == 0.0 and found["turned"] > 0.9
+    plainly = {arm.name: np.mean([a.probability for a in arm.answers(prompts)]) for arm in (before, turned)}
+    assert plainly["turned"] < 0.7 * plainly["before"]
