@@ -10,7 +10,6 @@ every token judged, batches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +22,7 @@ from excise.facts import Fact, Prompt
 from excise.keyspace import detector
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import thin
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -55,8 +55,7 @@ def key_space(
     Raises ExciseError where there is nothing to fit or to calibrate on, and where forget and retain cannot be told apart.
     """
     layers = (where.layers() if where is not None else []) or list(range(model.n_layers))
-    layers = layers[:: max(1, math.ceil(len(layers) / candidates))]
-    points = [f"blocks.{i}.{point}" for i in layers]
+    points = [f"blocks.{i}.{point}" for i in thin(layers, candidates)]
     found = detector(model, forget, retain, points, rate=rate, statistic=statistic, limit=limit)
     change = Change(Site("unembed.hook_out"), Abstain(refusal_ids(model, refusal)), found.gate)
     prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}

@@ -12,8 +12,8 @@ bits. Experts have statistics of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.encoding import Batch
 from excise.errors import ExciseError
-from excise.facts import Fact, Prompt
+from excise.facts import Fact
 from excise.gates import Gate
-from excise.keyspace import detector
+from excise.keyspace import by_kind, detector
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import thin
 from excise.scores import Localization
 from excise.sites import Site
 from excise.streaming import RunningMoments, counted, stream
@@ -83,41 +84,39 @@ def neuron_adjust(
         raise ValueError(
             f"share={share}, select={select!r}: a share is between 0 and 1, selections are effect and mean"
         )
-    texts = [[p for f in facts for p in f.ask(held_out=False)] for facts in (forget, retain)]
-    prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
-    if not all(texts):
+    told, kept = (by_kind(facts, limit) for facts in (forget, retain))
+    if not told or not kept:
         raise ExciseError("neurons are compared on forget and on retain prompts that are not held out: give both")
     layers = (where.layers() if where is not None else []) or list(range(model.n_layers))
+    neurons = {p: layer for layer in layers for p in neuron_points(model, layer)}
+    watch = Watch({f.id for f in forget}, gated=rate < 1)
+    look = (list(neurons), watch)
     gate: Gate | None = None
     report: dict[str, Any] = {}
     margin = 0.0
     if rate < 1:
-        looked = list(range(max(layers) + 1))
-        points = [f"blocks.{i}.{point}" for i in looked[:: max(1, math.ceil(len(looked) / candidates))]]
-        found = detector(model, forget, retain, points, rate=rate, limit=limit)
+        points = [f"blocks.{i}.{point}" for i in thin(range(max(layers) + 1), candidates)]
+        found = detector(model, forget, retain, points, rate=rate, limit=limit, beside=[look])
         gate, report = found.gate, found.report
+        # Where the gate is open, forget is likelier than retain to begin with, by the ratio of its two rates.
         margin = -math.log(report["detected"] / report["bound"])
-        layers = [i for i in layers if i >= (gate.site.layer or 0)]
-    points = [p for layer in layers for p in neuron_points(model, layer)]
-    seen = behaviour(model, _thinned(texts[0], limit), _thinned(texts[1], limit), points, gated=gate is not None)
-    asked = texts[0][:: max(1, math.ceil(len(texts[0]) / ASKED))]
-    known, edit = answered(model, asked), Edit(())
+    else:
+        stream(model, [p for kinds in (told, kept) for prompts in kinds.values() for p in prompts], [look])
+    first = (gate.site.layer or 0) if gate is not None else 0
+    seen = {p: b for p, b in watch.behaviours().items() if neurons[p] >= first}
+    asked = thin([p for prompts in told.values() for p in prompts], ASKED)
+    known, edit = Arm("before", model).said(asked), Edit(())
     tried: list[dict[str, Any]] = []
     for part in [share] if share else LADDER:
         chosen = choose(seen, part, select)
         made = (Change(Site(p, "after_bos"), _reflect(seen[p], units, margin), gate) for p, units in chosen.items())
-        edit = Edit(tuple(made), fingerprints=prints)
-        neurons = {str(layer): sum(len(u) for p, u in chosen.items() if Site(p).layer == layer) for layer in layers}
-        tried.append({"share": part, "answered": answered(model, asked, edit), "neurons": neurons})
+        edit = Edit(tuple(made))
+        by_layer = {str(i): sum(len(u) for p, u in chosen.items() if neurons[p] == i) for i in layers}
+        tried.append({"share": part, "answered": Arm("edited", model, edit).said(asked), "neurons": by_layer})
         if tried[-1]["answered"] <= aim * known:
             break
     recipe = {"model": model.name, "detector": report, "answered before": known, "shares tried": tried}
-    return replace(edit, recipe=recipe)
-
-
-def answered(model: Model, prompts: Sequence[Prompt], edit: Edit | None = None) -> float:
-    """Share of the prompts whose whole answer the model says, under the edit where one is given."""
-    return sum(a.exact for a in Arm("", model, edit).answers(prompts)) / len(prompts)
+    return Edit(edit.changes, recipe, {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint})
 
 
 def neuron_points(model: Model, layer: int) -> list[str]:
@@ -132,29 +131,31 @@ def neuron_points(model: Model, layer: int) -> list[str]:
     return found
 
 
-def behaviour(
-    model: Model, forget: Sequence[Prompt], retain: Sequence[Prompt], points: Sequence[str], *, gated: bool
-) -> dict[str, Behaviour]:
-    """Behaviour of the neurons at every point, from one pass over the prompts with their answers.
+class Watch:
+    """Looks at neurons as prompts pass (see excise.streaming.stream) and keeps how they behave on either kind.
 
-    gated: only tokens from the last one of the subject (or of the prompt, where there is none) count, because a gate opens
-    there. Experts count the tokens routed to them.
+    forget: ids of the facts to forget; all others are to be kept. gated: only tokens from the last one of the subject (or
+    of the prompt, where there is none) count, because a gate opens there. Experts count the tokens routed to them.
     """
-    moments: dict[str, RunningMoments] = {}
 
-    def look(point: str, x: Tensor, batch: Batch, index: list[int]) -> None:
-        if point not in moments:
-            moments[point] = RunningMoments(2, x.shape[-1])
+    def __init__(self, forget: Collection[str], *, gated: bool) -> None:
+        self.forget, self.gated = forget, gated
+        self.moments: dict[str, RunningMoments] = {}
+
+    def __call__(self, point: str, x: Tensor, batch: Batch, index: list[int]) -> None:
+        if point not in self.moments:
+            self.moments[point] = RunningMoments(2, x.shape[-1])
         where = counted(batch).to(x.device) & x.any(-1)
-        if gated:
+        if self.gated:
             starts = [(s[1] if s else n) - 1 for s, n in zip(batch.subjects, batch.starts, strict=True)]
             where &= torch.arange(x.shape[1], device=x.device) >= torch.tensor(starts, device=x.device)[:, None]
-        group = torch.tensor([i >= len(forget) for i in index], device=x.device)
-        for g in (0, 1):
-            moments[point].add(x[where & (group == g)[:, None]], g)
+        group = torch.tensor([int(p.fact_id not in self.forget) for p in batch.prompts], device=x.device)
+        self.moments[point].add(x[where], group[:, None].expand_as(where)[where])
 
-    stream(model, [*forget, *retain], points, look)
-    return {p: Behaviour(m.mean[0], m.std[0], m.mean[1], m.std[1]) for p, m in moments.items() if m.count.min() > 1}
+    def behaviours(self) -> dict[str, Behaviour]:
+        """Behaviour of the neurons at every point that either kind has reached at least twice."""
+        moments = {p: m for p, m in self.moments.items() if m.count.min() > 1}
+        return {p: Behaviour(m.mean[0], m.std[0], m.mean[1], m.std[1]) for p, m in moments.items()}
 
 
 def effect(b: Behaviour) -> Tensor:
@@ -186,7 +187,3 @@ def _reflect(b: Behaviour, units: Tensor, margin: float) -> Reflect:
     moments = (b.mean_retain, b.std_retain, b.mean_forget, b.std_forget)
     mean_r, std_r, mean_f, std_f = (t[units].float() for t in moments)
     return Reflect(units, mean_r, std_r, mean_f, std_f, margin)
-
-
-def _thinned(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
-    return list(prompts[:: max(1, math.ceil(len(prompts) / (8 * limit)))])

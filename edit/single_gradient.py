@@ -23,6 +23,7 @@ from excise.facts import Fact, Prompt
 from excise.gradients import block_matrices, mean_gradients, sweeps
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import thin
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -44,20 +45,22 @@ def single_gradient(
     front: int = 6,
     loss: str = "odds",
     limit: int = 512,
-    at_once: int = 2**26,
+    at_once: int = 67_108_864,
 ) -> Edit:
     """An edit that adds a multiple of one matrix's forget gradient to it.
 
     aim: share of the forget prompts answered before that may be answered still; the shortest step found is taken.
     steps: step lengths tried on each matrix.
     front: matrices tried, those best in one respect or the other (the Pareto front), most important first.
+    loss: "odds" takes the log-odds of an answer, whose gradient does not vanish where the answer is certain; "likelihood"
+        takes its log-likelihood, as published.
     limit: prompts read of either kind, taken evenly.
     at_once: weights whose gradients are held at a time; fewer take more sweeps over the prompts.
 
     Sites of `where` choose matrices, or, where they name activations, whole blocks; without it all blocks are eligible.
     Raises ExciseError when there is nothing to forget or to keep.
     """
-    asked = _prompts(forget, limit), _prompts(retain, limit)
+    asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("gradients are compared: give forget and retain prompts that are not held out")
     named = [s.point for s in where.sites if s.is_weight and s.layer is not None] if where is not None else []
@@ -112,32 +115,23 @@ def shortest(reached: Callable[[float], bool], first: float, steps: int) -> tupl
 
 
 def _searched(
-    model: Model, name: str, asked: tuple[list[Prompt], list[Prompt]], aim: float, steps: int, odds: bool
+    model: Model, name: str, asked: Sequence[list[Prompt]], aim: float, steps: int, odds: bool
 ) -> tuple[Change, dict[str, Any]]:
     """The change of one matrix, and what it leaves of forget and retain answers."""
     gradient = mean_gradients(model, asked[0], [name], odds=odds)[name]
-    questions = [prompts[:: max(1, math.ceil(len(prompts) / ASKED))] for prompts in asked]
-    known = [max(answered(model, prompts, Edit(())), 1e-9) for prompts in questions]
+    questions = [thin(prompts, ASKED) for prompts in asked]
+    known = [max(Arm("before", model).said(prompts), 1e-9) for prompts in questions]
     seen: dict[float, list[float]] = {}
 
     def edit(length: float) -> Edit:
         return Edit((Change(Site(name), Dense((length * gradient).cpu())),))
 
     def reached(length: float) -> bool:
-        seen[length] = [answered(model, q, edit(length)) / k for q, k in zip(questions, known, strict=True)]
+        arm = Arm("edited", model, edit(length))
+        seen[length] = [arm.said(q) / k for q, k in zip(questions, known, strict=True)]
         return seen[length][0] <= aim
 
     unit = float(model.weight(name).detach().float().norm() / gradient.norm())
     length, _ = shortest(reached, FIRST * unit, steps)
     left, kept = seen[length]
     return edit(length).changes[0], {"matrix": name, "step": length / unit, "forget": left, "retain": kept}
-
-
-def answered(model: Model, prompts: Sequence[Prompt], edit: Edit) -> float:
-    """Share of the prompts whose whole answer the model says under an edit."""
-    return sum(a.exact for a in Arm("", model, edit).answers(prompts)) / len(prompts)
-
-
-def _prompts(facts: Sequence[Fact], limit: int) -> list[Prompt]:
-    found = [p for fact in facts for p in fact.ask(held_out=False)]
-    return found[:: max(1, math.ceil(len(found) / limit))]

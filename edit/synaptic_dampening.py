@@ -21,10 +21,11 @@ from torch import Tensor
 from excise.actions import Sparse
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
-from excise.facts import Fact, Prompt
+from excise.facts import Fact
 from excise.gradients import block_matrices, mean_gradients, sweeps
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import thin
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -44,13 +45,15 @@ def synaptic_dampening(
     loss: str = "odds",
     share: float = 0.0,
     limit: int = 512,
-    at_once: int = 2**26,
+    at_once: int = 67_108_864,
 ) -> Edit:
     """An edit that shrinks the weights which matter more than `alpha` times as much for forget as for retain prompts.
 
     alpha: ratio of Fisher information above which a weight is shrunk.
     dampening: such a weight is multiplied by dampening / ratio, never by more than 1.
     share: of each matrix's weights, those with the largest ratios, instead of `alpha`.
+    loss: "odds" takes the log-odds of an answer, whose gradient does not vanish where the answer is certain; "likelihood"
+        takes its log-likelihood, as published.
     limit: prompts read of either kind, taken evenly.
     at_once: weights whose gradients are held at a time; fewer take more sweeps over the prompts.
 
@@ -58,7 +61,7 @@ def synaptic_dampening(
     An expert that no retain prompt reaches is left alone: nobody has seen what it does for others.
     Raises ExciseError when there is nothing to forget or to keep, and when no weight passes.
     """
-    asked = _prompts(forget, limit), _prompts(retain, limit)
+    asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("importance is compared: give forget and retain prompts that are not held out")
     changes: list[Change] = []
@@ -114,8 +117,3 @@ def _shrunk(name: str, weight: Tensor, factor: Tensor) -> list[Change]:
         return []
     values = (weight.float() * (factor - 1)).flatten()[places]
     return [Change(Site(name), Sparse(places.cpu(), values.cpu()))]
-
-
-def _prompts(facts: Sequence[Fact], limit: int) -> list[Prompt]:
-    found = [p for fact in facts for p in fact.ask(held_out=False)]
-    return found[:: max(1, math.ceil(len(found) / limit))]

@@ -111,6 +111,10 @@ class Arm:
                         self._answers |= zip(asked[i].prompts, found, strict=True)
         return [self._answers[p] for p in prompts]
 
+    def said(self, prompts: Sequence[Prompt]) -> float:
+        """Share of the prompts whose whole answer is the model's own choice, token by token."""
+        return sum(a.exact for a in self.answers(prompts)) / len(prompts)
+
     def generate(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 16, **options: Any) -> list[str]:
         """The model's own words after each prompt; what greedy decoding says is kept for later questions."""
         if options.get("do_sample"):

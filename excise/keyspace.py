@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +21,9 @@ from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
 from excise.gates import Box, Gate, Linear
-from excise.resampling import auc
+from excise.resampling import auc, wilson
 from excise.sites import Site
-from excise.streaming import RunningMoments, counted, stream
+from excise.streaming import Look, RunningMoments, counted, stream
 
 if TYPE_CHECKING:
     from excise.model import Model
@@ -80,9 +82,9 @@ class Regions:
 class Detector:
     """A gate and how well it tells forget from retain.
 
-    report: point, regions, detected (share of forget prompts that open it, held back where there are enough), false
-    positives (share of the retain prompts it was calibrated on), bound (what new retain prompts of any kind are promised
-    to stay below), auc, retain prompts, threshold, and the points that were compared.
+    report: point, statistic, regions, threshold, detected (share of the measured forget prompts that open it), detected
+    on (their number), false positives (share of the retain prompts it was calibrated on), bound (what new retain prompts
+    of any kind are promised to stay below), auc, retain prompts, and the points that were compared.
     """
 
     gate: Gate
@@ -98,47 +100,61 @@ def detector(
     rate: float = 0.02,
     statistic: str = "linear",
     limit: int = 256,
+    beside: Sequence[Look] = (),
 ) -> Detector:
     """The gate, at the best of `points`, that opens for at most a share `rate` of retain prompts of any kind.
 
     Forget prompts are read at the last token of their subject, or of the prompt where there is none; those with one
     subject, or of one relation, make one region. Retain prompts are read at every token, answers included, because the
-    gate will look at all of them. Held-out prompts are not read, the others once. The threshold is conformal: for
+    gate will look at all of them. Held-out prompts are not read, the others once: some of either kind fit the regions,
+    others choose the point, and those that calibrate the threshold had no say in either. The threshold is conformal: for
     exchangeable prompts of a kind (relation) the promise needs no assumption; n of them can promise 1 / (n + 1) at best.
     Where forget prompts lie further away, it is put halfway.
 
-    statistic: "linear" reads along the direction that tells each region from ordinary tokens, fitted on one half of the
-        retain prompts and calibrated on the other; "count" asks for a share of coordinates within two spreads of the
-        centre, "extent" for all of them within a calibrated number of spreads (the box of Key Space Detection).
+    statistic: "linear" reads along the direction that tells each region from ordinary tokens; "count" asks for a share
+        of coordinates within two spreads of the centre, "extent" for all of them within a calibrated number of spreads
+        (the box of Key Space Detection).
     limit: at most so many prompts of each region and of each kind.
+    beside: what else is to be looked at while these prompts pass.
 
-    Raises ExciseError where there is nothing to fit or to calibrate on, and where no point tells the two apart.
+    Raises ExciseError where there is nothing to fit or to calibrate on, and where the best point detects no more than
+    what it may get wrong.
     """
     if statistic not in STATISTICS:
         raise ValueError(f"no statistic {statistic!r}; there are {', '.join(STATISTICS)}")
-    wanted, kinds = _kinds(forget, limit, by_subject=True), _kinds(retain, limit, by_subject=False)
-    if not wanted:
-        raise ExciseError("nothing to detect: the forget set has no prompt that is not held out")
-    if not kinds:
-        raise ExciseError("a false-positive rate needs retain prompts to be calibrated on; give retain facts")
-    fitted, measured = _split(wanted)
-    ordinary: list[Prompt] = []
-    if statistic == "linear":
-        ordinary = [p for prompts in kinds.values() for p in prompts[1::2]]
-        kinds = {kind: prompts[::2] for kind, prompts in kinds.items()}
-    regions = _regions(model, fitted, ordinary, points, statistic)
-    seen = _scores(model, regions, measured, answers=False)
-    strange = _by_kind(_scores(model, regions, [p for k in kinds.values() for p in k]), kinds)
-    rows = [_calibrated(r, seen[p], strange[p], rate) for p, r in regions.items()]
-    best = max(rows, key=lambda row: (round(row["detected"], 2), round(row["auc"], 3)))
-    if not best["detected"]:
+    if not 0 < rate < 1:
+        raise ValueError(f"a false-positive rate lies between 0 and 1, not at {rate}")
+    wanted, kinds = by_kind(forget, limit, by_subject=True), by_kind(retain, limit)
+    shares = _shares(list(wanted.values()), list(kinds.values()), statistic == "linear")
+    regions = _regions(model, shares, points, statistic, beside)
+    n = 1 + len(shares.choosing)
+    rows = {
+        point: _calibrated(scores[0], scores[1:n], scores[n:], rate)
+        for point, scores in _scores(model, regions, shares, beside).items()
+    }
+    best = max(rows, key=lambda point: (round(rows[point]["chosen by"], 2), round(rows[point]["auc"], 3)))
+    report = rows[best]
+    hits = round(report["detected"] * report["detected on"])
+    if wilson(hits, report["detected on"]).low <= report["bound"]:
         raise ExciseError(
             f"nothing at {', '.join(points)} tells these requests from retain prompts at a false-positive rate of "
-            f"{best['bound']:.3g}: allow more, give more retain facts, or edit weights instead"
+            f"{report['bound']:.3g}: allow more, give more retain facts, or edit weights instead"
         )
-    compared = [{k: row[k] for k in ("point", "detected", "auc")} for row in rows]
-    gate = regions[best["point"]].gate(best["threshold"])
-    return Detector(gate, {**best, "statistic": statistic, "regions": len(wanted), "compared": compared})
+    compared = [{"point": p, "detected": row["detected"], "auc": row["auc"]} for p, row in rows.items()]
+    found = {"point": best, "statistic": statistic, "regions": len(shares.regions), **report, "compared": compared}
+    return Detector(regions[best].gate(report["threshold"]), found)
+
+
+def by_kind(facts: Sequence[Fact], limit: int, *, by_subject: bool = False) -> dict[str, list[Prompt]]:
+    """At most `limit` prompts of each kind that are not held out; a kind is a relation, or, if asked for, a subject.
+
+    Each kind in an order of its own, drawn once and for all: every so many of its prompts are then a fair sample of it.
+    """
+    found: dict[str, list[Prompt]] = {}
+    for fact in facts:
+        for prompt in fact.ask(held_out=False):
+            found.setdefault((prompt.subject if by_subject else "") or fact.relation, []).append(prompt)
+    return {kind: Random(kind).sample(prompts, min(limit, len(prompts))) for kind, prompts in found.items()}
 
 
 def conformal(scores: Sequence[float], rate: float) -> tuple[float, float]:
@@ -165,67 +181,84 @@ def discriminant(centres: Tensor, within: Tensor, mean: Tensor, ordinary: Tensor
     return direction, mean.double() @ direction
 
 
-def _calibrated(regions: Regions, seen: Tensor, strange: Mapping[str, Tensor], rate: float) -> dict[str, Any]:
-    thresholds = [conformal(scores.tolist(), rate) for scores in strange.values()]
-    threshold, bound = max(t for t, _ in thresholds), max(b for _, b in thresholds)
+@dataclass(frozen=True)
+class _Shares:
+    """Which prompts do what.
+
+    regions: forget prompts that fit, by region; measured: those on which detection is measured, the first `fresh` of
+    which fit nothing. ordinary: retain prompts that fit; choosing and calibrating: the others, by kind.
+    """
+
+    regions: list[list[Prompt]]
+    measured: list[Prompt]
+    fresh: int
+    ordinary: list[Prompt]
+    choosing: list[list[Prompt]]
+    calibrating: list[list[Prompt]]
+
+
+def _shares(wanted: Sequence[list[Prompt]], kinds: Sequence[list[Prompt]], fits: bool) -> _Shares:
+    if not wanted:
+        raise ExciseError("nothing to detect: the forget set has no prompt that is not held out")
+    if not kinds:
+        raise ExciseError("a false-positive rate needs retain prompts to be calibrated on; give retain facts")
+    if fits and max(map(len, kinds)) < 2:
+        raise ExciseError("a linear read-out needs at least two retain prompts of a kind; give more retain facts")
+    last = HELD_BACK - 1
+    regions = [[p for i, p in enumerate(prompts) if i % HELD_BACK != last] for prompts in wanted]
+    fresh = [p for prompts in wanted for p in prompts[last::HELD_BACK]]
+    again = [p for prompts in wanted if len(prompts) < HELD_BACK for p in prompts]
+    ordinary = [p for prompts in kinds for p in prompts[1::4]] if fits else []
+    choosing = [chosen for prompts in kinds if (chosen := prompts[3::4] if fits else prompts[1::2])]
+    return _Shares(regions, fresh + again, len(fresh), ordinary, choosing, [prompts[::2] for prompts in kinds])
+
+
+def _calibrated(seen: Tensor, choosing: Sequence[Tensor], calibrating: Sequence[Tensor], rate: float) -> dict[str, Any]:
+    """How a point does. "chosen by": forget prompts detected where the choosing retain prompts set the threshold."""
+    choosing = choosing or calibrating
+    threshold, bound = _threshold(calibrating, rate)
     threshold = max(threshold, (threshold + float(seen.double().quantile(MISSED))) / 2)
-    everyone = torch.cat(list(strange.values()))
+    everyone, others = (torch.cat(list(scores)) for scores in (calibrating, choosing))
     return {
-        "point": regions.point,
         "threshold": threshold,
         "detected": float((seen > threshold).double().mean()),
+        "detected on": len(seen),
         "false positives": float((everyone > threshold).double().mean()),
         "bound": bound,
-        "auc": auc(seen.tolist(), everyone.tolist()),
+        "auc": auc(seen.tolist(), others.tolist()),
         "retain prompts": len(everyone),
+        "chosen by": float((seen > _threshold(choosing, rate)[0]).double().mean()),
     }
 
 
-def _kinds(facts: Sequence[Fact], limit: int, *, by_subject: bool) -> dict[str, list[Prompt]]:
-    """Prompts that are not held out by kind: relation, or subject where there is one and it is asked for."""
-    found: dict[str, list[Prompt]] = {}
-    for fact in facts:
-        for prompt in fact.ask(held_out=False):
-            found.setdefault((prompt.subject if by_subject else "") or fact.relation, []).append(prompt)
-    return {kind: prompts[:: max(1, math.ceil(len(prompts) / limit))] for kind, prompts in found.items()}
-
-
-def _split(wanted: Mapping[str, list[Prompt]]) -> tuple[dict[str, list[Prompt]], list[Prompt]]:
-    """Prompts to fit on, by region, and prompts to measure on."""
-    fitted, measured = {}, []
-    for kind, prompts in wanted.items():
-        enough = len(prompts) >= HELD_BACK
-        fitted[kind] = [p for i, p in enumerate(prompts) if not enough or i % HELD_BACK != HELD_BACK - 1]
-        measured += prompts[HELD_BACK - 1 :: HELD_BACK] if enough else prompts
-    return fitted, measured
+def _threshold(scores: Sequence[Tensor], rate: float) -> tuple[float, float]:
+    """What no kind exceeds more often than allowed, and the most that is allowed to any."""
+    each = [conformal(s.tolist(), rate) for s in scores]
+    return max(t for t, _ in each), max(b for _, b in each)
 
 
 def _regions(
-    model: Model,
-    wanted: Mapping[str, list[Prompt]],
-    ordinary: Sequence[Prompt],
-    points: Sequence[str],
-    statistic: str,
+    model: Model, shares: _Shares, points: Sequence[str], statistic: str, beside: Sequence[Look]
 ) -> dict[str, Regions]:
-    """Regions at every point, from one pass over both kinds of prompts."""
-    prompts = [p for kind in wanted.values() for p in kind]
-    owner = [i for i, kind in enumerate(wanted.values()) for _ in kind]
+    """Regions at every point, from one pass over what fits them."""
+    owner = [i for i, prompts in enumerate(shares.regions) for _ in prompts]
+    full = bool(shares.ordinary)
     inside: dict[str, RunningMoments] = {}
     outside: dict[str, RunningMoments] = {}
 
     def look(point: str, x: Tensor, batch: Batch, index: list[int]) -> None:
         if point not in inside:
-            inside[point] = RunningMoments(len(wanted), x.shape[-1], full=bool(ordinary))
-            outside[point] = RunningMoments(1, x.shape[-1], full=bool(ordinary))
+            inside[point] = RunningMoments(len(shares.regions), x.shape[-1], full=full)
+            outside[point] = RunningMoments(1, x.shape[-1], full=full)
+        rows = [row for row, i in enumerate(index) if i < len(owner)]
+        at = [(batch.subjects[row] or (0, batch.starts[row]))[1] - 1 for row in rows]
+        inside[point].add(x[rows, at], torch.tensor([owner[index[row]] for row in rows], dtype=torch.long))
         common = torch.tensor([i >= len(owner) for i in index], device=x.device)
-        outside[point].add(x[counted(batch).to(x.device) & common[:, None]])
-        for row, i in enumerate(index):
-            if i < len(owner):
-                span = batch.subjects[row]
-                at = (span[1] if span else batch.starts[row]) - 1
-                inside[point].add(x[row, at : at + 1], owner[i])
+        ordinary = x[counted(batch).to(x.device) & common[:, None]]
+        outside[point].add(ordinary, torch.zeros(len(ordinary), dtype=torch.long))
 
-    stream(model, [*prompts, *ordinary], points, look)
+    prompts = [p for region in shares.regions for p in region]
+    stream(model, [*prompts, *shares.ordinary], [(points, look), *beside])
     return {point: _region(point, statistic, inside[point], outside[point]) for point in points}
 
 
@@ -240,22 +273,28 @@ def _region(point: str, statistic: str, inside: RunningMoments, outside: Running
 
 
 def _scores(
-    model: Model, regions: Mapping[str, Regions], prompts: Sequence[Prompt], *, answers: bool = True
-) -> dict[str, Tensor]:
-    """Per point, the score of each prompt's most suspicious token, [n_prompts]."""
+    model: Model, regions: Mapping[str, Regions], shares: _Shares, beside: Sequence[Look]
+) -> dict[str, list[Tensor]]:
+    """Per point, the score of each prompt's most suspicious token: measured forget prompts, then retain prompts kind by
+    kind, those that choose and those that calibrate."""
+    kinds = [*shares.choosing, *shares.calibrating]
+    prompts = [*shares.measured, *(p for some in kinds for p in some)]
+    first, own = shares.fresh, len(shares.measured)
     found = {point: torch.empty(len(prompts)) for point in regions}
 
-    def look(point: str, x: Tensor, batch: Batch, index: list[int]) -> None:
-        where = counted(batch, answers=answers).to(x.device)
-        found[point][index] = regions[point].score(x).masked_fill(~where, -math.inf).amax(1).float().cpu()
+    def look(numbers: Sequence[int], point: str, x: Tensor, batch: Batch, index: list[int]) -> None:
+        numbered = [numbers[i] for i in index]
+        # A gate that opens in the middle of a forget answer comes late; in a retain answer it does harm all the same.
+        ends = [batch.starts[row] if i < own else batch.lengths[row] for row, i in enumerate(numbered)]
+        score = regions[point].score(x).masked_fill(~counted(batch, ends).to(x.device), -math.inf)
+        found[point][numbered] = score.amax(1).float().cpu()
 
-    stream(model, prompts, list(regions), look)
-    return found
+    new = [i for i in range(len(prompts)) if not first <= i < own]
+    stream(model, [prompts[i] for i in new], [(list(regions), partial(look, new)), *beside])
+    if own > first:
+        stream(model, prompts[first:own], [(list(regions), partial(look, range(first, own)))])
+    sizes = [own, *(len(some) for some in kinds)]
+    return {point: list(scores.split(sizes)) for point, scores in found.items()}
 
 
-def _by_kind(scores: Mapping[str, Tensor], kinds: Mapping[str, Sequence[Prompt]]) -> dict[str, dict[str, Tensor]]:
-    sizes = [len(prompts) for prompts in kinds.values()]
-    return {point: dict(zip(kinds, s.split(sizes), strict=True)) for point, s in scores.items()}
-
-
-__all__ = ["STATISTICS", "Detector", "Regions", "conformal", "detector", "discriminant"]
+__all__ = ["STATISTICS", "Detector", "Regions", "by_kind", "conformal", "detector", "discriminant"]

@@ -20,22 +20,28 @@ if TYPE_CHECKING:
 ROWS = 1024
 # (point, activation [batch, width, d], the batch, the index of each of its prompts)
 Consumer = Callable[[str, Tensor, Batch, list[int]], None]
+# What to look at, and who looks.
+Look = tuple[Sequence[str], Consumer]
 
 
-def stream(model: Model, prompts: Sequence[Prompt | str], points: Sequence[str], consumer: Consumer) -> None:
-    """Hand the activations at `points` to `consumer`, batch by batch, prompts with their answers; nothing is kept.
+def stream(model: Model, prompts: Sequence[Prompt | str], looks: Sequence[Look]) -> None:
+    """Hand activations to their consumers, batch by batch, prompts with their answers; nothing is kept.
 
-    Each forward pass ends after the last block that is asked for. Expert neurons come as [batch, width, d_expert],
-    zero where the router sent nothing.
+    One forward pass serves all looks and ends after the last block that any of them asks for. Expert neurons come as
+    [batch, width, d_expert], zero where the router sent nothing.
     """
-    layers = [model.names.tap(p).layer for p in points]
+    wanted: dict[str, list[Consumer]] = {}
+    for points, consumer in looks:
+        for point in points:
+            wanted.setdefault(point, []).append(consumer)
+    layers = [model.names.tap(p).layer for p in wanted]
     last = model.n_layers - 1 if None in layers else max(i for i in layers if i is not None)
 
     def stop(x: Tensor) -> None:
         raise _Enough
 
     for index, batch in model.batches(prompts, answers=True):
-        hooks = {p: partial(_hand_over, consumer, p, batch, index) for p in points}
+        hooks = {p: partial(_hand_over, consumers, p, batch, index) for p, consumers in wanted.items()}
         end = {f"blocks.{last}.hook_resid_post": stop} if None not in layers else {}
         with torch.no_grad(), patched(model, hooks, batch=batch), patched(model, end):
             try:
@@ -44,16 +50,17 @@ def stream(model: Model, prompts: Sequence[Prompt | str], points: Sequence[str],
                 pass
 
 
-def _hand_over(consumer: Consumer, point: str, batch: Batch, index: list[int], x: Tensor) -> None:
-    consumer(point, x.detach().reshape(*batch.ids.shape, -1), batch, index)
+def _hand_over(consumers: Sequence[Consumer], point: str, batch: Batch, index: list[int], x: Tensor) -> None:
+    for consumer in consumers:
+        consumer(point, x.detach().reshape(*batch.ids.shape, -1), batch, index)
 
 
-def counted(batch: Batch, *, answers: bool = True) -> Tensor:
-    """Real tokens other than BOS, [batch, width]; without `answers` only those of the prompts."""
+def counted(batch: Batch, ends: Sequence[int] | None = None) -> Tensor:
+    """Real tokens other than BOS, [batch, width]; before `ends`, one per row, or all."""
     columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
-    ends = torch.tensor(batch.lengths if answers else batch.starts, device=batch.ids.device)[:, None]
+    stops = torch.tensor(batch.lengths if ends is None else ends, device=batch.ids.device)[:, None]
     first = torch.tensor(batch.has_bos, device=batch.ids.device).long()[:, None]
-    return (columns >= first) & (columns < ends)
+    return (columns >= first) & (columns < stops)
 
 
 class RunningMoments:
@@ -70,22 +77,25 @@ class RunningMoments:
         self.squares = torch.zeros(groups, width, dtype=torch.float64)
         self.scatter = torch.zeros(width, width, dtype=torch.float64) if full else None
 
-    def add(self, rows: Tensor, group: int = 0) -> None:
-        """Take in rows [n, d] of one group."""
-        for chunk in rows.split(ROWS):
+    def add(self, rows: Tensor, group: Tensor) -> None:
+        """Take in rows [n, d] and the number of the group that each belongs to, [n]."""
+        for chunk, owner in zip(rows.split(ROWS), group.to(rows.device).split(ROWS), strict=True):
             if len(chunk):
-                self._merge(chunk.double(), group)
+                self._merge(chunk.double(), owner)
 
-    def _merge(self, rows: Tensor, group: int) -> None:
-        n, mean = len(rows), rows.mean(0)
-        apart = rows - mean
-        before, gap = float(self.count[group]), mean.cpu() - self.mean[group]
-        share = before * n / (before + n)
-        self.mean[group] += gap * (n / (before + n))
-        self.squares[group] += (apart**2).sum(0).cpu() + gap**2 * share
-        self.count[group] += n
+    def _merge(self, rows: Tensor, owner: Tensor) -> None:
+        new = torch.bincount(owner, minlength=len(self.count)).double().cpu()[:, None]
+        before = self.count[:, None]
+        shape = self.mean.shape
+        mean = rows.new_zeros(shape).index_add_(0, owner, rows) / new.to(rows.device).clamp_min(1)
+        apart = rows - mean[owner]
+        gap = torch.where(new > 0, mean.cpu() - self.mean, 0.0)
+        weight = before * new / (before + new).clamp_min(1)
+        self.mean += gap * (new / (before + new).clamp_min(1))
+        self.squares += rows.new_zeros(shape).index_add_(0, owner, apart**2).cpu() + gap**2 * weight
+        self.count += new[:, 0]
         if self.scatter is not None:
-            self.scatter += (apart.mT @ apart).cpu() + torch.outer(gap, gap) * share
+            self.scatter += (apart.mT @ apart).cpu() + (gap * weight).mT @ gap
 
     @property
     def std(self) -> Tensor:
@@ -103,4 +113,4 @@ class RunningMoments:
         return (self.squares.sum(0) / self.freedom).sqrt()
 
 
-__all__ = ["RunningMoments", "counted", "stream"]
+__all__ = ["Consumer", "Look", "RunningMoments", "counted", "stream"]
