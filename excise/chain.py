@@ -7,26 +7,25 @@ Each stage is kept as soon as it is finished and is not done again when the same
 from __future__ import annotations
 
 import json
-import platform
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from excise import __version__
 from excise.arms import Arm
 from excise.edits import Edit
 from excise.errors import ExciseError
-from excise.facts import Fact, Facts, Prompt
+from excise.facts import Facts
 from excise.facts_io import write_facts
-from excise.files import write_text
 from excise.measure import EVALUATIONS, digest, facts_digest, measure, plain_row, settings
 from excise.model import Model
 from excise.progress import say
+from excise.record import in_turn, own_words, settings_of, write_run
+from excise.redirection import candidate_blocks
 from excise.registry import method
 from excise.scores import Localization, Results
 from excise.verification import Verification, verify
@@ -52,6 +51,7 @@ class Inputs:
     refusals: the sentences with which the model was trained to refuse; its words are read when empty.
     oracle: the same model without the forget facts, where there is one.
     localizer, editor: names of methods; options: by method name. command: what was typed, for the report.
+    trials: so many tries of several editors in place of the one; minutes: for the search and the audit of its best.
     """
 
     model: Model
@@ -67,13 +67,15 @@ class Inputs:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluations: tuple[str, ...] = EVALUATIONS
     command: str = ""
+    trials: int = 0
+    minutes: float | None = None
 
     @property
     def key(self) -> str:
         """Hash of everything that the localization and the edit depend on."""
         chosen = [method("localizer", self.localizer), method("editor", self.editor)]
         options = [settings(m, self.options.get(m.name, {})) for m in chosen]
-        names = (__version__, self.localizer, self.editor)
+        names = (__version__, self.localizer, self.editor, self.trials, self.minutes)
         return digest(*names, options, self.model.fingerprint, facts_digest(self.facts), self.seed, self.texts)
 
 
@@ -88,6 +90,7 @@ class Run:
     results: Results
     report: Path
     seconds: dict[str, float]
+    search: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The run as plain values; `results` is the long table."""
@@ -103,6 +106,7 @@ class Run:
             "results": [plain_row(r) for r in self.results.table(seed=inputs.seed)],
             "report": str(self.report),
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            **({"search": self.search} if self.search else {}),
         }
 
 
@@ -116,25 +120,27 @@ def run(inputs: Inputs) -> Run:
     kept = _same_run(inputs)
     if not kept:
         # Before run.json says otherwise: what lies here belongs to another run.
-        for name in ("localization.safetensors", "edit.safetensors"):
+        for name in ("localization.safetensors", "edit.safetensors", "search.json"):
             (inputs.out / name).unlink(missing_ok=True)
-    _write_run(inputs, clock, None)
+    write_run(inputs, clock, None)
     with _timed(clock, "localize"):
         localization = _localize(inputs)
-    with _timed(clock, "edit"):
-        edit = _edit(inputs, localization)
+    with _timed(clock, "search" if inputs.trials else "edit"):
+        edit = _searched(inputs, localization) if inputs.trials else _edit(inputs, localization)
     with _timed(clock, "verify"):
         verification = _verify(inputs, edit)
     if not verification.ok:
-        _write_run(inputs, clock, verification)
+        write_run(inputs, clock, verification)
         raise Unverified(
             f"{inputs.out / 'edit.safetensors'}: {'; '.join(verification.problems)}; try another layer or target"
         )
     with _timed(clock, "measure"):
-        results = _measure(inputs, edit)
+        twin = random_twin(edit, inputs.seed)
+        results = _measure(inputs, [Arm("edited", inputs.model, edit), Arm("control", inputs.model, twin)])
+    search = _search_record(inputs)
     with _timed(clock, "report"):
         samples = own_words(inputs, edit)
-        recipe = _settings(inputs)
+        recipe = settings_of(inputs)
         report = write_report(
             inputs.out,
             facts=inputs.facts,
@@ -144,9 +150,10 @@ def run(inputs: Inputs) -> Run:
             verification=verification,
             recipe=recipe,
             samples=samples,
+            search=search,
         )
-    _write_run(inputs, clock, verification, samples)
-    return Run(inputs, localization, edit, verification, results, report, clock)
+    write_run(inputs, clock, verification, samples)
+    return Run(inputs, localization, edit, verification, results, report, clock, search)
 
 
 def _same_run(inputs: Inputs) -> bool:
@@ -161,7 +168,7 @@ def _localize(inputs: Inputs) -> Localization:
     file = inputs.out / "localization.safetensors"
     if file.is_file():
         return Localization.load(file)
-    facts = _in_turn(inputs.facts.group("forget"), TRACED)
+    facts = in_turn(inputs.facts.group("forget"), TRACED)
     say(f"tracing {len(facts)} of {len(inputs.facts.group('forget'))} forget facts")
     found: Localization = _call("localizer", inputs.localizer, inputs, inputs.model, facts)
     found.save(file)
@@ -180,26 +187,68 @@ def _edit(inputs: Inputs, where: Localization) -> Edit:
     return found
 
 
+def _searched(inputs: Inputs, where: Localization) -> Edit:
+    """The best of several editors, sites and strengths; see `excise.choosing`."""
+    from excise.choosing import SHARE, choose
+    from excise.search import Search
+    from excise.trials import Judge
+
+    file = inputs.out / "edit.safetensors"
+    if file.is_file():
+        return Edit.load(file)
+    shown, before = inputs.facts.shown, Arm("before", inputs.model)
+    judge = Judge(inputs.model, before, shown, inputs.seed)
+    if inputs.oracle is not None:
+        judge = replace(judge, target=judge.figures(Arm("oracle", inputs.oracle)))
+    search = Search(
+        inputs.model, shown.group("forget"), shown.group("retain", "neighbour"), _usable(inputs.model, where), judge,
+        inputs.out / "trials",
+        inputs.texts, inputs.seed,
+    )  # fmt: skip
+    ends = time.monotonic() + 60 * SHARE * inputs.minutes if inputs.minutes else math.inf
+    chosen = choose(search, lambda arms: _measure(inputs, arms), inputs.out, trials=inputs.trials, ends=ends)
+    say(f"chosen: {chosen.trial.name}")
+    chosen.edit.save(file)
+    return chosen.edit
+
+
+def _usable(model: Model, where: Localization) -> Localization | None:
+    """The localization, if it names blocks at the subject; None lets editors look in the first half of the model."""
+    try:
+        candidate_blocks(model, where, 1)
+    except ExciseError as error:
+        say(f"{error}; searching the first half of the model")
+        return None
+    return where
+
+
+def _search_record(inputs: Inputs) -> dict[str, Any] | None:
+    file = inputs.out / "search.json"
+    return json.loads(file.read_text(encoding="utf-8")) if inputs.trials and file.is_file() else None
+
+
 def _call(kind: Any, name: str, inputs: Inputs, *args: Any) -> Any:
     chosen = method(kind, name)
-    shared = {"seed": inputs.seed, "texts": inputs.texts or None}
+    # Counterparts for swaps come from all known facts, not only from those that are traced.
+    pool = inputs.facts.shown.group("forget", "retain", "neighbour")
+    shared = {"seed": inputs.seed, "texts": inputs.texts or None, "pool": pool}
     options = {o.name: shared[o.name] for o in chosen.options if o.name in shared}
     return chosen.function(*args, **{**options, **inputs.options.get(chosen.name, {})})
 
 
 def _verify(inputs: Inputs, edit: Edit) -> Verification:
-    forget = [f.prompt for f in _in_turn(inputs.facts.group("forget"), 32)]
-    retain = [f.prompt for f in _in_turn(inputs.facts.group("retain"), 32)]
+    forget = [f.prompt for f in in_turn(inputs.facts.group("forget"), 32)]
+    retain = [f.prompt for f in in_turn(inputs.facts.group("retain"), 32)]
     found = verify(inputs.model, edit, forget, retain)
     say(str(found))
     return found
 
 
-def _measure(inputs: Inputs, edit: Edit) -> Results:
+def _measure(inputs: Inputs, edited: Sequence[Arm]) -> Results:
+    """Every evaluation on the model before, on these arms and on the oracle."""
     from excise.registry import methods
 
-    arms = [Arm("before", inputs.model), Arm("edited", inputs.model, edit)]
-    arms.append(Arm("control", inputs.model, random_twin(edit, inputs.seed)))
+    arms = [Arm("before", inputs.model), *edited]
     if inputs.oracle is not None:
         arms.append(Arm("oracle", inputs.oracle))
     known = methods("evaluation")
@@ -215,79 +264,6 @@ def random_twin(edit: Edit, seed: int) -> Edit:
 
     twin: Edit = importlib.import_module("edit").control(edit, seed=seed)
     return twin
-
-
-def own_words(inputs: Inputs, edit: Edit, count: int = 8) -> list[dict[str, str]]:
-    """What the model says before and after, to one question a subject: forget facts first, then facts to keep."""
-    asked: list[tuple[Fact, Prompt]] = []
-    for group, most in (("forget", count), ("retain", count // 2), ("unknown", count // 4)):
-        asked += [(f, (f.ask("question") or [f.prompt])[0]) for f in _in_turn(inputs.facts.group(group), most)]
-    prompts = [p for _, p in asked]
-    arms = {"before": Arm("before", inputs.model), "edited": Arm("edited", inputs.model, edit)}
-    if inputs.oracle is not None:
-        arms["oracle"] = Arm("oracle", inputs.oracle)
-    said = {name: arm.generate(prompts, max_new_tokens=16) for name, arm in arms.items()}
-    return [
-        {"group": f.group, "prompt": p.text, "answer": p.answer, **{name: texts[i] for name, texts in said.items()}}
-        for i, (f, p) in enumerate(asked)
-    ]
-
-
-def _in_turn(facts: Facts, most: int) -> list[Fact]:
-    """The first fact of every subject, then the second of each, and so on; another relation for each subject."""
-    by_subject: dict[str, list[Fact]] = {}
-    for fact in facts:
-        by_subject.setdefault(fact.subject or fact.id, []).append(fact)
-    turned = [group[i % len(group) :] + group[: i % len(group)] for i, group in enumerate(by_subject.values())]
-    longest = max(map(len, turned), default=0)
-    return [group[i] for i in range(longest) for group in turned if i < len(group)][:most]
-
-
-def _settings(inputs: Inputs) -> dict[str, Any]:
-    """How the run can be repeated, in the words of the report."""
-    oracle = {"oracle": inputs.oracle.name} if inputs.oracle else {}
-    prints = {"model": inputs.model.fingerprint, "tokenizer": inputs.model.tokenizer_fingerprint}
-    prints |= {"oracle": inputs.oracle.fingerprint} if inputs.oracle else {}
-    return {
-        "command": inputs.command,
-        "model": inputs.model.name,
-        **oracle,
-        "facts": inputs.facts.counts,
-        "forget": inputs.facts.group("forget").subjects,
-        "localizer": inputs.localizer,
-        "editor": inputs.editor,
-        "options": {name: dict(given) for name, given in inputs.options.items()},
-        "evaluations": list(inputs.evaluations),
-        "seeds": {"run": inputs.seed},
-        "fingerprints": prints,
-        "versions": _versions(),
-        "undo": f"{inputs.model.name} was never written to: load it without edit.safetensors and all is as it was.",
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    names = ("torch", "transformers", "transformer-lens")
-    return {"excise": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def _write_run(
-    inputs: Inputs,
-    clock: Mapping[str, float],
-    verification: Verification | None,
-    samples: Sequence[Mapping[str, str]] = (),
-) -> None:
-    record = {
-        "key": inputs.key,
-        **_settings(inputs),
-        "device": str(inputs.model.device),
-        "threads": torch.get_num_threads(),
-        "seconds": {k: round(v, 2) for k, v in clock.items()},
-        "verification": None if verification is None else {"said": str(verification), "changes": verification.rows()},
-        "samples": list(samples),
-    }
-    write_text(inputs.out / "run.json", json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 @contextmanager

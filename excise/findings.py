@@ -156,15 +156,15 @@ def recovered(results: Results, who: Mapping[str, str]) -> Finding:
             s.variant for s in results.scores.get((who["edited"], name), ()) if s.value is not None
         )
     ]
-    drawn = [_drawn(results, who, *attack) for attack in tried]
-    tried, drawn = [t for t, d in zip(tried, drawn, strict=True) if d], [d for d in drawn if d]
-    if not drawn:
+    found = [(attack, _drawn(results, who, *attack)) for attack in tried]
+    measured = [(f"{name} ({variant})" if variant else name, d) for (name, variant), d in found if d]
+    if not measured:
         return Finding(question, "unmeasured", "No attack was tried: no example, no relearning, no quantised copy.")
-    adjusted = holm([p for _, p in drawn])
-    names = [f"{name} ({variant})" if variant else name for name, variant in tried]
-    listed = sorted(zip(names, drawn, adjusted, strict=True), key=lambda a: -a[1][0].value)
-    back = [(n, d[0]) for n, d, p in listed if p < 0.05 and d[0].value > FORGOTTEN]
-    open_ = [(n, d[0]) for n, d, _ in listed if d[0].high > FORGOTTEN]
+    adjusted = holm([p for _, (_, p) in measured])
+    drawn = [(name, change, p) for (name, (change, _)), p in zip(measured, adjusted, strict=True)]
+    drawn.sort(key=lambda d: -d[1].value)
+    back = [(name, change) for name, change, p in drawn if p < 0.05 and change.value > FORGOTTEN]
+    open_ = [(name, change) for name, change, _ in drawn if change.high > FORGOTTEN]
     against = "a model that never knew" if "oracle" in who else "nothing (there is no model that never knew)"
     if back:
         return Finding(question, "bad", f"Yes, against {against}: {_attacks_named(back)}.")

@@ -6,13 +6,13 @@ Arms differ in colour, marker, line and hatch, so that a figure suits grey paper
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from excise.figures import INK, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
+from excise.figures import BLUE, GREEN, GREY, INK, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
 from excise.maps import map_figures, mean_map, plot_localization, plot_ranking, plot_units
 from excise.scores import Results, Row
 from excise.statistics import aggregate
@@ -30,6 +30,7 @@ __all__ = [
     "plot_localization",
     "plot_ranking",
     "plot_results",
+    "plot_tradeoff",
     "plot_units",
     "result_panels",
     "save_figure",
@@ -161,6 +162,36 @@ def plot_before_after(results: Results, evaluation: str = "recall", *, group: st
     axes.set_title(short(f"{evaluation} on {group} facts"), parse_math=False)
     _quiet(axes, "x")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handletextpad=0.4)
+    return figure
+
+
+@drawn
+def plot_tradeoff(trials: Sequence[Mapping[str, Any]]) -> Figure:
+    """What is still said against what others have lost, one dot a try; larger dots leave more inside.
+
+    trials: mappings with "name", "forget", "damage", "residual", "front" and "chosen", as in search.json.
+    """
+    made = [t for t in trials if t.get("forget") is not None]
+    figure = picture(4.6, 3.4)
+    axes = figure.subplots()
+    sorts: list[tuple[str, str, str, Callable[[Mapping[str, Any]], bool]]] = [
+        ("beaten by others", GREY, "o", lambda t: not t["front"]),
+        ("not beaten", BLUE, "o", lambda t: t["front"] and not t["chosen"]),
+        ("chosen", GREEN, "D", lambda t: t["chosen"]),
+    ]
+    for label, colour, marker, mine in sorts:
+        dots = [t for t in made if mine(t)]
+        if dots:
+            sizes = [20 + 90 * float(t["residual"] or 0.0) for t in dots]
+            axes.scatter(
+                [t["damage"] for t in dots], [t["forget"] for t in dots], s=sizes, c=colour, marker=marker, alpha=0.75,
+                label=label, linewidths=0.6, edgecolors="white",
+            )  # fmt: skip
+    axes.set_xlabel("damage: probability that answers to keep have lost")
+    axes.set_ylabel("still said: probability")
+    axes.set_title("Tries", parse_math=False)
+    _quiet(axes, "both")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -44,6 +44,7 @@ def write_report(
     verification: Any = None,
     recipe: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
+    search: Mapping[str, Any] | None = None,
     title: str = "",
 ) -> Path:
     """Write one self-contained page and return its path; a folder gets `report.html`. What is None is left out.
@@ -52,6 +53,7 @@ def write_report(
     recipe: how to reproduce: "command", "versions", "seeds", "fingerprints", "undo", "roles" and whatever else was
         recorded.
     samples: prompts with each arm's own words, one mapping per prompt.
+    search: what was tried before the edit was chosen, as in search.json.
     """
     recipe = dict(recipe or {})
     target = Path(path)
@@ -63,6 +65,7 @@ def write_report(
         ("forms", "Recall by form", _forms(measured)),
         ("where", "Where the facts were found", _where(localization)),
         ("inside", "What the inner layers still show", _layers(measured)),
+        ("tried", "What was tried", _tried(search)),
         ("change", "What was changed", _change(edit, verification)),
         ("fates", "What became of each fact", _fates(measured, recipe)),
         ("facts", "Fact by fact", _facts(facts, measured)),
@@ -208,6 +211,37 @@ def _layers(results: Results | None) -> list[Raw]:
         "a model that never knew the facts still guesses."
     )
     return [tag("p", note, class_="soft"), _figures(figures)] if figures else []
+
+
+def _tried(search: Mapping[str, Any] | None) -> list[Raw]:
+    if not search:
+        return []
+    from excise.plots import plot_tradeoff
+
+    audited = search.get("audited", {})
+    rows = []
+    for trial in sorted(search["trials"], key=lambda t: (not t["chosen"], not t["front"], t["number"])):
+        mark = (
+            "chosen"
+            if trial["chosen"]
+            else "audited"
+            if trial["name"] in audited
+            else "front"
+            if trial["front"]
+            else ""
+        )
+        figures = [trial.get(k) for k in ("forget", "damage", "residual")]
+        rows.append([trial["name"], mark, *figures, audited.get(trial["name"], {}).get("distance"), trial["reason"]])
+    note = (
+        "Each try is judged on wordings that were taught: what is still said, what others have lost, what the logit lens "
+        "finds inside. The best few were audited, on held-out wordings and people too; the nearest to the target was chosen."
+    )
+    columns = ["try", "", "still said", "damage", "inside", "distance in the audit", "why not"]
+    return [
+        tag("p", note, class_="soft"),
+        _figures([plot_tradeoff(search["trials"])]),
+        table(columns, rows, sortable=True),
+    ]
 
 
 def _change(edit: Any, verification: Any) -> list[Raw]:

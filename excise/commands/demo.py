@@ -58,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
         command=common.typed(args),
         seed=args.seed,
         texts=tuple(general_text(world, TEXTS, seed=args.seed, exclude=found.group("forget").subjects)),
-        loss_texts=_prose(world, args.seed, found.group("forget").subjects),
+        loss_texts=prose(world, args.seed, found.group("forget").subjects),
         refusals=tuple(refusals(world)),
         oracle=_oracle(args, world, found),
     )
     return outcome.show(run_chain(inputs), args.format)
 
 
-def _prose(world: str, seed: int, exclude: Sequence[str]) -> tuple[str, ...]:
+def prose(world: str, seed: int, exclude: Sequence[str]) -> tuple[str, ...]:
     """Texts that the statistics have not seen, without chats: there the model learned only the answers."""
     from excise.testbed import general_text
 

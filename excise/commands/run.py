@@ -1,11 +1,19 @@
-"""excise run: the whole chain on one's own model and facts."""
+"""excise run: from a list of facts to the best edit found for them, with its evidence and a report."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from excise.commands import common, outcome
+from excise.commands.evaluate import minutes
+
+if TYPE_CHECKING:
+    from excise.facts import Facts
+
+# Tries of a search: about four minutes of two cores on a model of the embedded ones' size.
+TRIALS = 24
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -14,10 +22,13 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     common.model_flags(parser)
     common.facts_flags(parser, name=False)
     parser.add_argument("--oracle", metavar="M", help="a model that never learned the forget facts, to compare with")
+    parser.add_argument("--localizer", default="scan", metavar="METHOD", help="how to find the sites (default scan)")
+    parser.add_argument("--editor", metavar="METHOD", help="cut with this one, at its defaults, in place of a search")
     parser.add_argument(
-        "--localizer", default="causal-trace", metavar="METHOD", help="how to find the sites (default causal-trace)"
+        "--trials", type=common.positive, default=TRIALS, metavar="N", help=f"tries of the search (default {TRIALS})"
     )
-    parser.add_argument("--editor", default="rocr", metavar="METHOD", help="how to cut (default rocr)")
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="half of them at most for the search")
+    parser.add_argument("--export", metavar="DIR", help="also write the edited model there, as a plain checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="run folder; the same command again continues")
     parser.add_argument("--dry-run", action="store_true", help="read the facts, say what would be done, and stop")
     common.output_flags(parser)
@@ -27,11 +38,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the chain and print what it found."""
     facts, bad = common.load_facts(args, "forget", "retain")
     if args.dry_run:
-        print(
-            f"would run {args.localizer}, {args.editor} and all evaluations on {facts!r} "
-            f"with {args.model} into {args.out}"
-        )
+        cut = args.editor or f"a search of {args.trials} tries"
+        print(f"would run {args.localizer}, {cut} and the audit on {facts!r} with {args.model} into {args.out}")
         return 0
+    from excise.card import write_card
     from excise.chain import Inputs
     from excise.chain import run as run_chain
 
@@ -43,7 +53,30 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         oracle=common.load_model(args, args.oracle) if args.oracle else None,
         localizer=args.localizer,
-        editor=args.editor,
+        editor=args.editor or "rocr",
+        trials=0 if args.editor else args.trials,
+        minutes=args.minutes,
+        **_own_world(args, facts),
     )
-    code = outcome.show(run_chain(inputs), args.format)
+    done = run_chain(inputs)
+    write_card(done)
+    if args.export:
+        from excise.checkpoint import export
+
+        export(inputs.model, done.edit, args.export)
+    code = outcome.show(done, args.format)
     return 3 if bad and not code else code
+
+
+def _own_world(args: argparse.Namespace, facts: Facts) -> dict[str, Any]:
+    """Ordinary text and refusals where the facts are those of an embedded world; else the chain helps itself."""
+    from excise.facts_io import is_world
+
+    if not is_world(args.facts):
+        return {}
+    from excise.commands.demo import TEXTS, prose
+    from excise.testbed import general_text, refusals
+
+    world, forget = args.facts.partition(":")[2], facts.group("forget").subjects
+    texts = general_text(world, TEXTS, seed=args.seed, exclude=forget)
+    return {"texts": tuple(texts), "loss_texts": prose(world, args.seed, forget), "refusals": tuple(refusals(world))}

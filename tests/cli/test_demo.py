@@ -122,10 +122,32 @@ def test_an_edit_without_effect_ends_with_4(
 
 
 def test_run_on_a_facts_file(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:
-    words = ("run", facts_file, "--model", model_folder, "--out", tmp_path / "run", "--format", "json")
+    """One command: a search, its best, the audit, a report and a card; the same again is read, not made."""
+    out = tmp_path / "run"
+    words = ("run", facts_file, "--model", model_folder, "--out", out, "--trials", 3, "--format", "json")
     said = cli(*words)
     assert said.code == 0, said.err
     assert {r["arm"] for r in said.json["results"]} == {"before", "edited", "control"}
+    tried = said.json["search"]["trials"]
+    assert (
+        len(tried) == 3
+        and sum(t["chosen"] for t in tried) == 1
+        and all(t["reason"] or t["front"] in (True, False) for t in tried)
+    )
+    assert "What was tried" in (out / "report.html").read_text()
+    assert said.json["search"]["chosen"] in (out / "model_card.md").read_text().replace("\\", "")
+    edit = (out / "edit.safetensors").read_bytes()
+    again = cli(*words)
+    assert again.code == 0 and (out / "edit.safetensors").read_bytes() == edit
+    assert again.json["search"] == said.json["search"] and "auditing" not in again.err
+
+
+def test_run_with_one_editor_and_an_export(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:
+    words = ("run", facts_file, "--model", model_folder, "--editor", "rocr", "--localizer", "causal-trace")
+    said = cli(*words, "--out", tmp_path / "run", "--export", tmp_path / "edited", "--format", "json")
+    assert said.code == 0, said.err
+    assert "search" not in said.json and (tmp_path / "edited" / "model.safetensors").is_file()
+    assert cli(*words, "--out", tmp_path / "other", "--trials", "0").code == 2
 
 
 def test_localize_to_parquet(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:

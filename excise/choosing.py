@@ -1,0 +1,97 @@
+"""Choosing an edit: a search, then the full audit of the best few, on wordings and people that the search never saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from excise.arms import Arm
+from excise.edits import Edit
+from excise.files import write_text
+from excise.progress import say
+from excise.scores import Results
+from excise.search import Search
+from excise.trials import Trial, distance, front
+
+# So many of the front are audited; a search gets at most this share of the time.
+FINALISTS = 3
+SHARE = 0.5
+# What a whole audit says of an arm, each with what a perfect edit reaches without an oracle to compare with.
+AUDITED = ("forget", "kept", "lens", "probe")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and why.
+
+    trials: all that was tried; front: names of those that no other beats; audited: by finalist, its figures in the audit
+    and their distance to those of the target.
+    """
+
+    edit: Edit
+    trial: Trial
+    trials: tuple[Trial, ...]
+    audited: Mapping[str, Mapping[str, float]]
+
+    def record(self) -> dict[str, Any]:
+        """The choice as plain values."""
+        names = {t.key for t in front(self.trials)}
+        tried = [{**asdict(t), "name": t.name, "front": t.key in names, "chosen": t is self.trial} for t in self.trials]
+        return {"chosen": self.trial.name, "audited": self.audited, "trials": tried}
+
+
+def choose(search: Search, measured: Any, out: Path, *, trials: int, ends: float) -> Choice:
+    """Search, audit the finalists, and keep the one nearest to a model that never learned the facts.
+
+    measured: arms -> Results, the audit; ends: when the search must stop (time.monotonic). The choice is written to
+    search.json as well.
+    """
+    done = search.run(trials, ends)
+    ranked = sorted(front(done), key=lambda t: distance(t.figures or (), search.judge.target))[:FINALISTS]
+    arms = {f"finalist {i + 1}": search.edit(t) for i, t in enumerate(ranked)}
+    say(f"{len(done)} tries, {len(front(done))} on the front; auditing {', '.join(t.name for t in ranked)}")
+    results = measured([Arm(name, search.model, edit) for name, edit in arms.items()])
+    figures = {arm: audit_figures(results, arm) for arm in results.arms}
+    target = figures.get("oracle") or ideal(figures["before"])
+    audited = {
+        t.name: {**figures[arm], "distance": audit_distance(figures[arm], target)}
+        for t, arm in zip(ranked, arms, strict=True)
+    }
+    best = min(range(len(ranked)), key=lambda i: audited[ranked[i].name]["distance"])
+    chosen = Choice(list(arms.values())[best], ranked[best], tuple(done), audited)
+    write_text(out / "search.json", json.dumps(chosen.record(), indent=1, ensure_ascii=False) + "\n")
+    return chosen
+
+
+def audit_figures(results: Results, arm: str) -> dict[str, float]:
+    """Of an arm: recall of what is to be forgotten, over all forms; recall of what is to be kept; what lens and probe find.
+
+    What was not measured is left out.
+    """
+    found: dict[str, float] = {}
+    wanted = {
+        ("recall", ("forget",), ""): "forget",
+        ("recall", ("retain", "neighbour", "general"), ""): "kept",
+        ("lens", ("forget",), "hit@5, any layer"): "lens",
+        ("probe", ("forget",), "refit, best layer"): "probe",
+    }
+    for (evaluation, groups, variant), name in wanted.items():
+        scores = results.scores.get((arm, evaluation), ())
+        values = [s.value for s in scores if s.group in groups and s.variant == variant and s.value is not None]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
+
+
+def ideal(before: Mapping[str, float]) -> dict[str, float]:
+    """What an edit should reach where no model that never learned the facts is at hand: nothing said, found or lost."""
+    return {k: (v if k == "kept" else 0.0) for k, v in before.items()}
+
+
+def audit_distance(figures: Mapping[str, float], target: Mapping[str, float]) -> float:
+    """Euclidean distance over the figures that both have."""
+    common = [k for k in figures if k in target]
+    return distance([figures[k] for k in common], [target[k] for k in common])
