@@ -11,6 +11,8 @@ from evals.lens import lens
 from evals.lens_erasure import lens_erasure
 from evals.linear_recovery import linear_recovery
 from evals.memorisation import memorisation
+from evals.patching_recovery import patching_recovery
+from evals.patchscope import patchscope
 from evals.probability import probability
 from evals.probe import probe
 from evals.recall import recall
@@ -31,6 +33,8 @@ __all__ = [
     "lens_erasure",
     "linear_recovery",
     "memorisation",
+    "patching_recovery",
+    "patchscope",
     "probability",
     "probe",
     "recall",

@@ -133,10 +133,11 @@ def fitting_prompts(model: Model, facts: Sequence[Fact], seed: int) -> tuple[lis
     return chosen, ""
 
 
-def real_tokens(batch: Batch) -> Tensor:
-    """All tokens of prompts and answers but BOS and padding, [batch, width]."""
+def real_tokens(batch: Batch, *, bos: bool = False) -> Tensor:
+    """All tokens of prompts and answers but padding and, unless `bos`, BOS; [batch, width]."""
     where = batch.mask.bool().clone()
-    where[torch.tensor(batch.has_bos), 0] = False
+    if not bos:
+        where[torch.tensor(batch.has_bos), 0] = False
     return where
 
 

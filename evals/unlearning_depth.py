@@ -104,7 +104,7 @@ def costs(
         found = torch.zeros(len(prompts), before.model.n_layers, dtype=torch.float64)
         points = _points(before)
         for index, batch in before.model.batches(prompts, answers=True, tokens=max(1, before.model.batch_tokens // 4)):
-            where = answer_mask(batch) if positions == "answer" else real_tokens(batch)
+            where = answer_mask(batch) if positions == "answer" else real_tokens(batch, bos=maps is None)
             with source.running() as model:
                 seen = read_batch(model, batch.to(model.device), points)
             with before.running() as model:

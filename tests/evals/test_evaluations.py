@@ -25,7 +25,7 @@ from tiny import tiny_model
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
 torch.set_num_threads(1)
 # Evaluations that have nothing to measure on an unedited random model: it knows no fact, and there is no oracle.
-NEEDS_MORE = {"form_spread", "head_projection", "unlearning_depth", "linear_recovery"}
+NEEDS_MORE = {"form_spread", "head_projection", "unlearning_depth", "linear_recovery", "patching_recovery"}
 
 
 def arm(family: str = "llama", name: str = "before", seed: int = 0) -> Arm:

@@ -7,10 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from planted import carrier_model, facts_about
 
 import evals
 from evals.alignment import Sums
 from evals.head_projection import candidates
+from evals.patching_recovery import entry, recovery
+from evals.patchscope import block_pairs
 from evals.shares import erased, halves, other_half_best, recovered_share, weighted_erasure
 from evals.states import answer_mask, states
 from evals.unlearning_depth import depths
@@ -245,3 +248,50 @@ def test_what_was_turned_round_is_recovered_and_what_is_gone_is_not(family: str)
     assert found["before"] == 1.0 and found["gone"] == 0.0 and found["turned"] > 0.9
     plainly = {arm.name: np.mean([a.probability for a in arm.answers(prompts)]) for arm in (before, turned)}
     assert plainly["turned"] < 0.7 * plainly["before"]
+
+
+# states put back
+
+
+def test_recovery_by_hand() -> None:
+    shares = recovery(torch.tensor([-4.0, -2.0, -1.0]), torch.tensor(-1.0), torch.tensor(-4.0))
+    assert shares.tolist() == pytest.approx([0.0, 2 / 3, 1.0])
+    assert entry(shares) == 1 and entry(torch.tensor([0.1, 0.2])) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
+def test_what_is_lost_comes_back_from_the_edited_block_on(family: str) -> None:
+    plain = model(family)
+    facts = knows(plain)
+    before, edited = Arm("before", plain), Arm("edited", plain, moved(plain, 3.0))
+    same = evals.patching_recovery(Arm("again", plain), facts, before=before)
+    assert {s.value for s in same} == {None} and {s.reason for s in same} == {"nothing was lost"}
+    scores = evals.patching_recovery(edited, facts, before=before, positions=("answer", "all"))
+    assert of(scores, "all, layer 0")
+    for variant, share in (("all, layer 0", 0.0), ("all, layer 2", 1.0), ("answer, layer 2", 1.0)):
+        assert all(abs(x - share) < 1e-3 for x in of(scores, variant)), variant
+    assert set(of(scores, "entry, all")) == {1.0}
+
+
+def test_a_hidden_state_is_decoded_where_the_edit_does_not_reach() -> None:
+    """Blocks that add nothing but for one attention layer, which brings the subject's token to the end."""
+    plain = carrier_model()
+    facts = facts_about(*"QZXV")
+    taught = Facts(replace(f, prompts=(replace(f.prompt, answer=a),)) for f, a in zip(facts, "abcd", strict=True))
+    arm = Arm("before", plain)
+    scores = evals.patchscope(arm, taught, before=arm)
+    ranks = {s.fact: s.value for s in scores if s.variant == "best rank"}
+    assert len(ranks) == 4 and len(of(scores, "chance, hit@1")) == 4
+    # A state put where it came from gives what the prompt itself gives.
+    batch = plain.encode([f.prompt for f in taught], answers=True)
+    logits = plain.logits(batch)
+    for row, fact in enumerate(taught):
+        own = batch.answer_logits(logits, row)[0]
+        assert ranks[fact.id] <= 1 + int((own > own[batch.answer(row)[0]]).sum())
+
+
+def test_pairs_of_blocks() -> None:
+    assert block_pairs(3, 8) == [(s, t) for s in range(3) for t in range(3)]
+    assert len(block_pairs(8, 8)) == 49
+    many = block_pairs(48, 8)
+    assert len(many) < 50 and (47, 47) in many and (0, 2) in many and all(t <= s + 2 for s, t in many)
