@@ -13,6 +13,7 @@ from evals.linear_recovery import linear_recovery
 from evals.memorisation import memorisation
 from evals.patching_recovery import patching_recovery
 from evals.patchscope import patchscope
+from evals.privacy import privacy
 from evals.probability import probability
 from evals.probe import probe
 from evals.recall import recall
@@ -35,6 +36,7 @@ __all__ = [
     "memorisation",
     "patching_recovery",
     "patchscope",
+    "privacy",
     "probability",
     "probe",
     "recall",

@@ -142,18 +142,48 @@ def bootstrap_auc(
     a, b = np.asarray(members, float), np.asarray(others, float)
     if not len(a) or not len(b):
         return Interval(np.nan, np.nan, np.nan)
-    rows, columns = (_index(x, c) for x, c in zip((a, b), clusters or (None, None), strict=True))
-    few = min(rows.max(), columns.max()) + 1
+    few = min(len(np.unique(_index(x, c))) for x, c in zip((a, b), clusters or (None, None), strict=True))
     value = auc(a, b)
     if value in (0.0, 1.0):
-        return wilson(int(value * few), int(few), level=level)
+        return wilson(int(value * few), few, level=level)
+    return interval_of(value, resampled_aucs(a, b, clusters, resamples=resamples, seed=seed), few, level=level)
+
+
+def resampled_aucs(
+    members: Values,
+    others: Values,
+    clusters: tuple[Labels, Labels] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
+    """AUC [resamples] of data in which members and non-members were drawn separately, by cluster where labels are given."""
+    a, b = np.asarray(members, float), np.asarray(others, float)
+    rows, columns = (_index(x, c) for x, c in zip((a, b), clusters or (None, None), strict=True))
     above = (a[:, None] > b[None]) + 0.5 * (a[:, None] == b[None])
     wins = np.zeros((rows.max() + 1, columns.max() + 1))
     np.add.at(wins, (rows[:, None], columns[None]), above)
     ca = np.concatenate(list(_counts(wins.shape[0], resamples, seed)))
     cb = np.concatenate(list(_counts(wins.shape[1], resamples, seed + 1)))
-    drawn = ((ca @ wins) * cb).sum(1) / ((ca @ np.bincount(rows)) * (cb @ np.bincount(columns)))
-    return interval_of(value, drawn, int(few), level=level)
+    drawn: np.ndarray = ((ca @ wins) * cb).sum(1) / ((ca @ np.bincount(rows)) * (cb @ np.bincount(columns)))
+    return drawn
+
+
+def resampled_ks(a: Values, b: Values, clusters: Labels, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Kolmogorov-Smirnov distance [resamples] of two arms on the same items, when clusters are drawn for both alike."""
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    index = _index(x, clusters)
+    both = np.concatenate([x, y])
+    order = np.argsort(both, kind="stable")
+    # Only where the next value differs have both distributions taken their step.
+    ends = np.append(np.diff(both[order]) > 0, True)
+    owner, sign = np.concatenate([index, index])[order], np.where(order < len(x), 1.0, -1.0)
+    found = []
+    for drawn in _counts(int(index.max()) + 1, resamples, seed):
+        for part in np.array_split(drawn, max(1, len(drawn) * len(both) // _BLOCK)):
+            steps = np.cumsum(part[:, owner] * sign, axis=1)[:, ends]
+            found.append(np.abs(steps).max(1) / (part @ np.bincount(index)))
+    return np.concatenate(found)
 
 
 def resampled_together(

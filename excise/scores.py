@@ -242,6 +242,12 @@ class Results:
             self._tables[seed] = aggregate(self, seed=seed)
         return list(self._tables[seed])
 
+    def summary(self, *, seed: int = 0) -> list[Row]:
+        """Numbers made of many scores, such as model utility, forget quality and privacy leakage, where measured."""
+        from excise.aggregates import summary
+
+        return summary(self, seed=seed)
+
     def value(self, arm: str, evaluation: str, **keys: Any) -> Row:
         """The one row that matches; raises KeyError naming the rows that exist when none or several do."""
         found = [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import evals
 from evals.candidates import Candidates
@@ -16,6 +18,8 @@ from evals.erasure import erased, kept
 from evals.fluency import brunet, honore, ngram_entropy, repetition
 from evals.forced_choice import choice
 from evals.memorisation import exact_memorisation, extraction_strength, reciprocal_rank
+from evals.privacy import Read, membership, min_k, standardised, twins
+from evals.privacy import reads as privacy_reads
 from evals.rouge import PRESETS, rouge_of
 from evals.sampling import Item
 from evals.truth_ratio import closer_to_1, knowledge, log_ratio, true_better
@@ -23,7 +27,7 @@ from evals.words import cut, own_words
 from excise.arms import Arm
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model, load
-from excise.scores import Score
+from excise.scores import Results, Score
 from excise.testbed import facts as world_facts
 from tiny import tiny_model
 
@@ -192,6 +196,42 @@ def test_fluency_continues_a_subject_and_finds_repetition() -> None:
     assert {s.fact for s in own} == {"opening 0"} and {s.group for s in own} == {"general"}
 
 
+def test_membership_scores_by_hand() -> None:
+    logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0])
+    assert (min_k(logp, 0.2), min_k(logp, 0.4), min_k(logp, 0.01)) == (5.0, 4.5, 5.0)
+    read = standardised(torch.tensor([[0.8, 0.2], [0.8, 0.2]]).log(), torch.tensor([0, 1]))
+    assert read.standard.tolist() == pytest.approx([0.5, -2.0], abs=1e-5)
+    assert read.logprobs.tolist() == pytest.approx([math.log(0.8), math.log(0.2)])
+    found = membership("aaaaaaaaaa", Read(logp, logp))
+    assert found["loss"] == 3.0 and found["min-k"] == 4.5
+    size = len(zlib.compress(b"aaaaaaaaaa"))
+    assert found["zlib"] == 3.0 / size and 0 < size < len(zlib.compress(b"the cat sat on the mat"))
+    certain = standardised(torch.tensor([[0.0, -torch.inf]]), torch.tensor([0]))
+    assert torch.isfinite(certain.standard).all()
+
+
+def test_membership_reads_the_same_alone_and_together() -> None:
+    asked = Arm("before", Model(*tiny_model("qwen3-moe")))
+    texts = ["Rome keeps a cat", "We", "The capital of Italy is Rome, and Rome is old."]
+    together = privacy_reads(asked, texts)
+    for text, read in zip(texts, together, strict=True):
+        (alone,) = privacy_reads(asked, [text])
+        assert torch.allclose(read.logprobs, alone.logprobs, atol=1e-4)
+        assert -float(read.logprobs.mean()) == pytest.approx(asked.losses([text])[0], abs=1e-4)
+
+
+def test_twins_tell_the_same_of_somebody_unknown() -> None:
+    known, unknown = _fact("Ann", "Rome", "forget"), _fact("Zoe", "unknown", "unknown")
+    (twin,) = twins([Item(known, known.prompt)], [known, unknown])
+    assert (twin.prompt.text, twin.prompt.answer, twin.fact.group) == ("Zoe lives in", "Rome", "unknown")
+    assert twins([Item(known, known.prompt)], [known]) == []
+    asked = Arm("before", Model(*tiny_model("llama")))
+    (score,) = evals.privacy(asked, [known])
+    assert score.value is None and "holdout" in score.reason
+    given = evals.privacy(asked, [known], holdout=("Bo lives in Oslo.",))
+    assert {s.group for s in given} == {"forget", "unknown"} and all(s.value is not None for s in given)
+
+
 def _fact(name: str, answer: str, group: str = "retain", **keys: object) -> Fact:
     back = Prompt(f"Who lives in {answer}?", name, answer, form="reversed")
     return Fact(
@@ -247,6 +287,31 @@ class TestThePlantedTruth:
     def test_fluency(self) -> None:
         orders("fluency", "loss under before", (0, 1.2), (1.5, 6), limit=6)
         orders("fluency", "empty", (0, 0), (0, 0), limit=6)
+
+    def test_privacy_and_the_numbers_made_of_many_scores(self) -> None:
+        names = {"privacy": {}, "truth_ratio": {"limit": 12}, "rouge": {"limit": 8}, "memorisation": {"limit": 8}}
+        names |= {"fluency": {"limit": 6}, "erasure": {"limit": 8}, "probability": {"limit": 8}}
+        found = {(a, n): tuple(s) for n, keys in names.items() for a, s in measured(n, **keys).items()}
+        rows = {(r.arm, r.evaluation, r.variant): r for r in Results(found).summary() if r.group in ("", "forget")}
+        for attack in ("loss", "zlib", "min-k", "min-k++"):
+            assert rows["before", "privacy_leak", f"AUC, {attack}"].value > 0.95
+            assert rows["before", "privacy_leak", f"PrivLeak, {attack}"].value < -80
+            fair = rows["oracle", "privacy_leak", f"AUC, {attack}"]
+            assert fair.low < 0.5 < fair.high
+        assert (
+            rows["before", "deviation", "rougeL recall"].value
+            > 95
+            > 10
+            > rows["oracle", "deviation", "rougeL recall"].value
+        )
+        assert rows["before", "forget_quality", "D"].value > 0.95 and rows["before", "forget_quality", "p"].value < 1e-6
+        again = rows["again", "recovered", "probability"]
+        assert (again.value, again.low, again.high) == pytest.approx((1, 1, 1))
+        assert rows["oracle", "model_utility", ""].value > 0.98
+        scores = [rows[a, "composite", "overall"].value for a in ("before", "oracle")]
+        assert scores[0] < 0.05 and scores[1] > 0.8
+        erased = [rows[a, "erasure_target", ""].value for a in ("before", "oracle")]
+        assert erased[0] == 0.0 and erased[1] > 0.9
 
     def test_memorisation(self) -> None:
         orders("memorisation", "extraction strength", (0.98, 1), (0, 0.25), limit=8)
