@@ -27,7 +27,7 @@ from excise.progress import bar, say
 from excise.redirection import candidate_blocks
 from excise.registry import method
 from excise.scores import Localization
-from excise.trials import FIGURES, Judge, Trial
+from excise.trials import FIGURES, Judge, Trial, distance, front
 
 # What is tried of each editor: values to choose from, or the ends of a range on a log scale. Its own default comes first
 # where it is among them, else the first value.
@@ -47,8 +47,8 @@ PLACED = ("rocr", "lunar", "rome", "memit", "alphaedit")
 STRENGTHS = (0.7, 1.4)
 # What a try that made no edit is told the optimiser as.
 WORST = (1.0, 1.0, 1.0)
-# Blocks that are tried one by one.
-BLOCKS = 4
+# Blocks that are tried one by one, and pairs of good edits that are added up at the end.
+BLOCKS, SUMS = 4, 3
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,20 @@ class Search:
             found = self._trial(len(done), *self._suggested(asked, [t.editor for t in able]))
             done.append(found)
             study.tell(asked, found.figures or WORST)
+        for a, b in self._pairs(done):
+            if time.monotonic() < ends:
+                done.append(self._trial(len(done), "sum", {"of": [a.name, b.name], "keys": [a.key, b.key]}, None, 1.0))
         return done
 
     def edit(self, trial: Trial) -> Edit:
         """The edit of a finished trial."""
         return Edit.load(self._file(trial.key))
+
+    def _pairs(self, done: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
+        """The nearest pairs of edits by different editors: each may miss what the other one meets."""
+        ranked = sorted(front(done), key=lambda t: distance(t.figures or (), self.judge.target))
+        pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :] if a.editor != b.editor]
+        return pairs[:SUMS]
 
     # --- what is tried
 
@@ -174,6 +183,9 @@ class Search:
         return found
 
     def _edited(self, editor: str, options: Mapping[str, Any], block: int | None) -> Edit:
+        if editor == "sum":
+            a, b = (Edit.load(self._file(key)) for key in options["keys"])
+            return a + b
         chosen = method("editor", editor)
         given = {"seed": self.seed, "texts": self.texts or None}
         shared = {o.name: given[o.name] for o in chosen.options if o.name in given}

@@ -48,6 +48,8 @@ class Trial:
     @property
     def name(self) -> str:
         """The trial in a few words."""
+        if self.editor == "sum":
+            return " + ".join(self.options["of"])
         said = [f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.options.items()]
         said += [f"block {self.block}"] if self.block is not None else []
         said += [f"strength {self.strength:.2f}"] if self.strength != 1 else []
