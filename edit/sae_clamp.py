@@ -3,38 +3,35 @@
 A guard on a hook, not a removal: the knowledge stays in the weights, and so does what the dictionary does not explain.
 One engine for three published forms: static clamp of each firing feature (Farrell, Lau, Conmy, arXiv 2410.19278; gate
 "none", mask "feature"), dynamic guardrail (Muhamed et al., arXiv 2504.08192; gate "share", mask "token") and ablation.
-Beyond them: delta form (bits stay where nothing fires), a gate that is causal and keeps its state between decoding steps,
-its threshold at a stated false-positive rate, features dealt among the subjects.
+Beyond them: delta form (bits stay where nothing fires), gates that are causal and keep their state between decoding steps,
+thresholds at a stated false-positive rate, features dealt among the subjects, and a gate that asks for several features of
+one subject (`quorum`), because a text about somebody else has one of them now and then.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from excise.actions import Clamp
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts
-from excise.gates import GateState, Share
+from excise.gates import Gate
 from excise.model import Model
 from excise.registry import editor
 from excise.scores import Localization
 from excise.sites import Site
+from sae.detect import members, quorum_gate, share_gate
 from sae.dictionary import Dictionary
 from sae.match import check
 from sae.own import features_in, of_model
 from sae.reading import Text
 from sae.select import ranked, shared_out
-from sae.statistics import FeatureStats, activations, grouped, statistics
+from sae.statistics import FeatureStats, grouped, statistics
 
 ACTIONS = ("clamp", "ablate", "scale")
-GATES = ("share", "none")
+GATES = ("quorum", "share", "none")
 
 
 @editor
@@ -51,9 +48,9 @@ def sae_clamp(
     action: Literal["clamp", "ablate", "scale"] = "clamp",
     value: float = 5.0,
     mask: Literal["token", "feature"] = "token",
-    gate: Literal["share", "none"] = "share",
+    gate: Literal["quorum", "share", "none"] = "quorum",
     fpr: float = 0.01,
-    window: int = 0,
+    window: int = 16,
     explained: float = 0.5,
     texts: Sequence[str] | None = None,
 ) -> Edit:
@@ -67,9 +64,9 @@ def sae_clamp(
     action: clamp to a negative value, ablate (to zero), or scale.
     value: clamp: minus so many times the feature's mean activation on the forget text; scale: the factor.
     mask: feature changes those that fire, token all of them wherever one fires.
-    gate: none, or share: act once enough tokens of the sequence have fired.
+    gate: quorum: act once enough of one subject's features have fired; share: once enough tokens have; none: always.
     fpr: share of retain texts on which the gate may open.
-    window: tokens over which the gate takes its share; 0 for the sequence so far.
+    window: tokens over which the gate counts; 0 for the sequence so far.
     explained: least share of variance that the dictionary must explain in this model.
     texts: ordinary text to keep, beside the retain facts.
 
@@ -82,13 +79,12 @@ def sae_clamp(
         raise ExciseError("nothing to forget: the forget set is empty")
     book = of_model(model, dictionary, where)
     asked, owner = _asked(facts)
-    kept: list[Text] = [*(p for f in retain for p in f.ask(held_out=False)), *(texts or ())]
-    if not kept:
+    halves = _halves(Facts(retain), texts or ())
+    if not halves[0]:
         raise ExciseError("clamping needs text to keep: give retain facts or texts=[...]")
-    match = check(book, model, [*asked[:64], *kept[:64]], least=explained)
-    chosen_on, calibrated_on = (kept[::2], kept[1::2]) if len(kept) > 1 else (kept, kept)
+    match = check(book, model, [*asked[:64], *halves[0][:64]], least=explained)
     by_subject = grouped(model, book, asked, owner, max(owner) + 1)
-    ordinary = statistics(model, book, chosen_on)
+    ordinary = statistics(model, book, halves[0])
     chosen = features_in(where, book) or shared_out(
         ranked(select, model, book, asked, owner, by_subject, ordinary, most=most), features
     )
@@ -99,11 +95,7 @@ def sae_clamp(
         )
     total = _sum(by_subject)
     act = _action(book, chosen, total, action, value, mask)
-    opened: Share | None = None
-    report: dict[str, Any] = {}
-    if gate == "share":
-        opened, report = calibrated(model, book, chosen, calibrated_on, fpr=fpr, window=window)
-        report["forget texts that open it"] = rate_of(model, book, opened, chosen, asked)
+    opened, report = _gate(model, book, gate, chosen, asked, owner, halves, fpr=fpr, window=window)
     recipe = {
         "model": model.name,
         "dictionary": {"name": book.name, "fingerprint": book.fingerprint, "hook": book.hook},
@@ -118,48 +110,44 @@ def sae_clamp(
     return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, prints)
 
 
-def calibrated(
-    model: Model, book: Dictionary, features: Sequence[int], texts: Sequence[Text], *, fpr: float, window: int = 0
-) -> tuple[Share, dict[str, Any]]:
-    """The gate whose share is passed on at most `fpr` of texts like these, and what was measured.
-
-    The threshold is a conformal quantile of each text's largest share, so the rate holds for a new text exchangeable with
-    these, not for these alone.
-    """
-    gate = book.share(features, 0.0, window=window, sticky=True)
-    peaks = _peaks(model, book, gate, features, texts)
-    gate = replace(gate, share=quantile_above(peaks, fpr))
-    return gate, {
-        "share": gate.share,
-        "window": window,
-        "fpr asked": fpr,
-        "fpr on retain": float((peaks > gate.share).double().mean()),
-        "retain texts": len(peaks),
-    }
-
-
-def quantile_above(values: Tensor, rate: float) -> float:
-    """The smallest of `values` that a further exchangeable one exceeds with probability at most `rate`.
-
-    With fewer than 1 / rate - 1 values no such promise can be made, and the largest one is taken; at rate 1 it is below all.
-    """
-    place = math.ceil((len(values) + 1) * (1 - rate))
-    return float(values.sort().values[min(place, len(values)) - 1]) if place else -1.0
+def _gate(
+    model: Model,
+    book: Dictionary,
+    kind: str,
+    chosen: Sequence[int],
+    asked: Sequence[Text],
+    owner: Sequence[int],
+    halves: tuple[list[Text], list[Text]],
+    **options: Any,
+) -> tuple[Gate | None, dict[str, Any]]:
+    """The gate of that kind and what was measured of it."""
+    if kind == "none":
+        return None, {}
+    if kind == "share":
+        return share_gate(model, book, chosen, asked, halves[1], **options)
+    known = members(model, book, asked, owner, halves[0])
+    unknown = sorted(set(owner) - set(known.group))
+    if len(unknown) == max(owner) + 1:
+        raise ExciseError(
+            f"no feature of {book.name} fires on most prompts of a subject to be forgotten and rarely elsewhere: take "
+            "gate=share or none, or another layer's dictionary"
+        )
+    gate, report = quorum_gate(model, book, known, asked, halves[1], **options)
+    return gate, report | {"features": known.features, "group": known.group, "subjects without features": len(unknown)}
 
 
-def rate_of(model: Model, book: Dictionary, gate: Share, features: Sequence[int], texts: Sequence[Text]) -> float:
-    """Share of texts on which the gate opens."""
-    return float((_peaks(model, book, gate, features, texts) > gate.share).double().mean())
-
-
-def _peaks(model: Model, book: Dictionary, gate: Share, features: Sequence[int], texts: Sequence[Text]) -> Tensor:
-    """Largest share that each text reaches, [texts]; 0 where no token counts."""
-    found = []
-    for a in activations(model, book, texts, features):
-        hot = (a > 0).any(-1)[None]
-        shares = gate.shares(hot, torch.ones_like(hot), GateState()) if len(a) else torch.zeros(1, 1)
-        found.append(float(shares.max()))
-    return torch.tensor(found, dtype=torch.float64)
+def _halves(retain: Facts, texts: Sequence[str]) -> tuple[list[Text], list[Text]]:
+    """What features are chosen on and what the gate is calibrated on: no subject is in both, since who is met later is
+    neither."""
+    subjects = list(dict.fromkeys(f.subject or f.id for f in retain))
+    second = set(subjects[1::2])
+    halves: tuple[list[Text], list[Text]] = ([], [])
+    for fact in retain:
+        halves[(fact.subject or fact.id) in second].extend(fact.ask(held_out=False))
+    halves[0].extend(texts[::2])
+    halves[1].extend(texts[1::2])
+    both = [*halves[0], *halves[1]]
+    return (halves[0] or both, halves[1] or both)
 
 
 def _action(
@@ -173,8 +161,11 @@ def _action(
 
 def _asked(facts: Facts) -> tuple[list[Text], list[int]]:
     """Every prompt that is not held out, and the number of its subject."""
-    subjects = facts.subjects
-    pairs = [(p, subjects.index(f.subject)) for f in facts for p in f.ask(held_out=False) or f.ask()]
+    names = [f.subject or f.relation for f in facts]  # exercises of a skill have no subject
+    subjects = list(dict.fromkeys(names))
+    pairs = [
+        (p, subjects.index(n)) for f, n in zip(facts, names, strict=True) for p in f.ask(held_out=False) or f.ask()
+    ]
     return [p for p, _ in pairs], [i for _, i in pairs]
 
 

@@ -20,7 +20,7 @@ from excise.actions import (
     Sparse,
     WeightAction,
 )
-from excise.gates import Box, Gate, Linear, Share
+from excise.gates import Box, Gate, Linear, Quorum, Share
 from excise.sites import DEPLOYABLE_RULES, Site
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ __all__ = [
     "Gate",
     "Linear",
     "LowRank",
+    "Quorum",
     "Reflect",
     "Scale",
     "Share",

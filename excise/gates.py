@@ -24,6 +24,7 @@ class GateState:
     seen: Tensor | None = None
     opened: Tensor | None = None
     past: Tensor | None = None  # hot tokens among the first n valid ones, [batch, longest + 1]
+    last: Tensor | None = None  # which valid token each feature fired on last, counted from 1, [batch, n]
 
     def running(self, hot: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Running counts [batch, width] of hot and of valid tokens, this step included; the totals are kept."""
@@ -45,6 +46,14 @@ class GateState:
             past[:, : self.past.shape[1]] = self.past
         self.past = past.scatter(1, total, hits)
         return self.past.gather(1, (total - window).clamp_min(0))
+
+    def since(self, fires: Tensor, total: Tensor) -> Tensor:
+        """Number of the valid token on which each feature fired last, [batch, width, n]; 0 before it has."""
+        when = torch.where(fires, total[..., None], 0).cummax(1).values
+        if self.last is not None:
+            when = torch.maximum(when, self.last[:, None])
+        self.last = when[:, -1]
+        return when
 
     def ever(self, passed: Tensor) -> Tensor:
         """Whether it has passed at this token or at any earlier one of the sequence, [batch, width]."""
@@ -148,8 +157,12 @@ class Share(Gate):
         return (read_features(self, scaling(x.float(), self.norm)[0]) > 0).any(-1)
 
     def open(self, x: Tensor, valid: Tensor, state: GateState) -> Tensor:
-        passed = self.shares(self.hot(x), valid, state) > self.share
+        passed = self.reached(x, valid, state) > self.share
         return state.ever(passed) if self.sticky else passed
+
+    def reached(self, x: Tensor, valid: Tensor, state: GateState) -> Tensor:
+        """The share after each token of x, [batch, width]."""
+        return self.shares(self.hot(x), valid, state)
 
     def shares(self, hot: Tensor, valid: Tensor, state: GateState) -> Tensor:
         """The share after each token, [batch, width]; before any token has counted it is 0."""
@@ -159,6 +172,48 @@ class Share(Gate):
         return hits.double() / total.clamp_min(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Quorum(Gate):
+    """More than `share` of the features of one group have fired, each above its level.
+
+    One feature is shared by several topics, and fires weakly on names that look alike; a whole group fires on its own.
+    encoder: [d, n], bias and threshold: [n], k, picked, norm: as in `Share`. level: [n], the activation that counts as
+    firing. group: [n], number of the group (a subject, a topic) that each feature belongs to, from 0.
+    window: 0 counts every firing of the sequence so far; w those on the last w tokens.
+    sticky: once open, it stays open for the rest of the sequence. Padding and special tokens are not counted.
+    """
+
+    encoder: Tensor
+    bias: Tensor
+    threshold: Tensor
+    level: Tensor
+    group: Tensor
+    share: float
+    window: int = 0
+    sticky: bool = False
+    k: int = 0
+    picked: Tensor | None = None
+    norm: str = "none"
+    kind: ClassVar[str] = "quorum"
+
+    def fires(self, x: Tensor) -> Tensor:
+        """Which features fire above their levels, [batch, width, n]."""
+        return read_features(self, scaling(x.float(), self.norm)[0]) > self.level.to(x.device)
+
+    def open(self, x: Tensor, valid: Tensor, state: GateState) -> Tensor:
+        passed = self.reached(x, valid, state) > self.share
+        return state.ever(passed) if self.sticky else passed
+
+    def reached(self, x: Tensor, valid: Tensor, state: GateState) -> Tensor:
+        """The largest share that any group has reached by each token of x, [batch, width]."""
+        fires = self.fires(x) & valid[..., None]
+        _, total = state.running(fires.any(-1), valid)
+        when = state.since(fires, total)
+        counted = when > (total - self.window if self.window else torch.zeros_like(total)).clamp_min(0)[..., None]
+        member = torch.nn.functional.one_hot(self.group.to(fires.device)).float()
+        return (counted.float() @ (member / member.sum(0).clamp_min(1))).amax(-1)
+
+
 def _scoped(hot: Tensor, valid: Tensor, state: GateState, scope: str) -> Tensor:
     if scope == "token":
         return hot & valid
@@ -166,6 +221,6 @@ def _scoped(hot: Tensor, valid: Tensor, state: GateState, scope: str) -> Tensor:
     return hits > 0
 
 
-GATES: dict[str, type[Gate]] = {c.__name__: c for c in (Linear, Box, Share)}
+GATES: dict[str, type[Gate]] = {c.__name__: c for c in (Linear, Box, Share, Quorum)}
 
-__all__ = ["GATES", "Box", "Gate", "GateState", "Linear", "Share"]
+__all__ = ["GATES", "Box", "Gate", "GateState", "Linear", "Quorum", "Share"]

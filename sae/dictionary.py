@@ -13,7 +13,7 @@ from torch import Tensor
 from excise.actions import Clamp
 from excise.errors import ExciseError
 from excise.features import NORMS, encode, scaling
-from excise.gates import Share
+from excise.gates import Quorum, Share
 from excise.model import tensor_fingerprint
 from excise.sites import Site
 
@@ -123,6 +123,15 @@ class Dictionary:
         """The gate that opens when more than `share` of the tokens have one of `features` active."""
         return Share(
             Site(self.hook), **self._reader(torch.as_tensor(features, dtype=torch.long)), share=share, **options
+        )
+
+    def quorum(
+        self, features: Sequence[int], group: Sequence[int], level: Tensor, share: float, **options: Any
+    ) -> Quorum:
+        """The gate that opens when more than `share` of one group's features have fired above their levels."""
+        picked, groups = (torch.as_tensor(t, dtype=torch.long) for t in (features, group))
+        return Quorum(
+            Site(self.hook), **self._reader(picked), level=level.float(), group=groups, share=share, **options
         )
 
     def _reader(self, picked: Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dictionaries import HOOK, TEXTS, axes, of_tokens, random_sae, tiny
 
-from edit.sae_clamp import calibrated, quantile_above, sae_clamp
+from edit.sae_clamp import sae_clamp
 from excise.apply import applied
 from excise.edits import Change, Edit
 from excise.errors import ExciseError, FingerprintMismatch
@@ -16,6 +16,7 @@ from excise.model import Model
 from excise.scores import Localization
 from excise.sites import Site
 from excise.verification import verify
+from sae.detect import quantile_above, share_gate
 from sae.load import of_sae
 from tiny import tiny_model
 
@@ -165,7 +166,7 @@ class TestThreshold:
     def test_measured_rate_holds_on_the_retain_texts(self):
         book = of_sae(random_sae("jumprelu"))
         texts = [f"{a} {b}" for a in TEXTS for b in ("and so it is", "Rome", "we look for weights", "old")]
-        gate, report = calibrated(tiny(), book, CHOSEN, texts, fpr=0.3)
+        gate, report = share_gate(tiny(), book, CHOSEN, TEXTS, texts, fpr=0.3)
         assert report["fpr on retain"] <= 0.3 and report["retain texts"] == 16 and gate.share > 0
         opened = 0
         for text in texts:
