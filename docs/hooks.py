@@ -26,9 +26,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from excise.catalogue import Entry, catalogue  # noqa: E402
-from excise.registry import FOLDERS, Kind  # noqa: E402
+from excise.registry import ARMS, FOLDERS, Kind  # noqa: E402
 
-CODE = re.compile(r"(`[^`]*`)")
 FAMILIES = ("behavioural", "elicitation", "intrinsic")
 
 
@@ -58,7 +57,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """The parts of a page that are read from the code."""
     folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
-    markdown = re.sub(r"^<!-- (\w+)(?: (\w+))? -->$", lambda m: DIRECTIVES[m[1]](m[2]), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- (\w+) ([\w.]+) -->$", lambda m: DIRECTIVES[m[1]](m[2]), markdown, flags=re.MULTILINE)
     for kind in ("localizer", "editor"):
         entry = methods(kind).get(name) if folder == FOLDERS[kind] else None
         if entry:
@@ -103,18 +102,25 @@ def methods(kind: Kind) -> dict[str, Entry]:
 
 
 def appendix(kind: Kind, entry: Entry, level: int) -> str:
-    """Options, measured rows and signature of a method."""
-    mark = "#" * level
-    parts = []
+    """What a method's docstring adds, its options, the measured rows that name it, and where its signature is."""
+    mark, parts = "#" * level, []
+    if kind == "evaluation":
+        parts.append(f"{_cell(entry.summary)}\n\n{prose(entry)}")
     if entry.options:
         parts.append(f"{mark} Options of {entry.name}\n\n{options_table(entry)}")
     rows = measured(entry.name) if kind != "evaluation" else ""
     if rows:
         parts.append(f"{mark} Measured\n\n{rows}")
     module = entry.path.removesuffix(".py").replace("/", ".")
-    settings = f"    options:\n      heading_level: {level + 1}\n      show_root_heading: false\n"
-    parts.append(f"{mark} Signature of {entry.name}\n\n`{entry.path}`\n\n::: {module}.{entry.name}\n{settings}")
+    parts.append(f"[Signature](../api/{FOLDERS[kind]}.md#{module}.{entry.name}) · file `{entry.path}`")
     return "\n\n".join(parts)
+
+
+def prose(entry: Entry) -> str:
+    """What a docstring says beyond its first line and its options."""
+    told = "|".join([*(o.name for o in entry.options), *ARMS])
+    lines = [line for line in entry.doc.split("\n")[1:] if not line.startswith("    ")]
+    return escaped("\n".join(line for line in lines if not re.match(rf"({told}): ", line)).strip())
 
 
 def options_table(entry: Entry) -> str:
@@ -196,7 +202,12 @@ def public_names(package: str) -> str:
     return "\n\n".join(found)
 
 
-DIRECTIVES = {"methods": methods_table, "public": public_names}
+def module(name: str) -> str:
+    """Everything public in a module."""
+    return f"::: {name}\n    options:\n      show_root_full_path: true\n"
+
+
+DIRECTIVES = {"methods": methods_table, "public": public_names, "module": module}
 
 
 class Listed(griffe.Extension):
@@ -218,8 +229,11 @@ def listed(doc: str) -> str:
             if found and found[-1] and not found[-1].startswith(("- ", "  ")):
                 found.append("")
             line = f"- `{item[1]}`: {item[2]}"
-        # Shapes and formulas are no links, emphasis or tags.
-        found.append(
-            "".join(part if i % 2 else re.sub(r"([\[*<])", r"\\\1", part) for i, part in enumerate(CODE.split(line)))
-        )
-    return "\n".join(found)
+        found.append(line)
+    return escaped("\n".join(found))
+
+
+def escaped(text: str) -> str:
+    """Shapes and formulas outside code are no links, emphasis or tags."""
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if i % 2 else re.sub(r"([\[*<])", r"\\\1", part) for i, part in enumerate(parts))
