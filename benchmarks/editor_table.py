@@ -81,8 +81,8 @@ CASES = (
     Case("single_gradient", "single_gradient"),
     Case("sae_clamp", "sae_clamp"),
     Case("expert_edit, rewrite", "expert_edit", moe_only=True),
-    Case("expert_edit, steer", "expert_edit", {"mode": "steer"}, moe_only=True),
-    Case("expert_edit, silence", "expert_edit", {"mode": "silence"}, moe_only=True),
+    Case("expert_edit, steer", "expert_edit", {"how": "steer"}, moe_only=True),
+    Case("expert_edit, silence", "expert_edit", {"how": "silence"}, moe_only=True),
 )
 
 

@@ -39,7 +39,7 @@ SPACES: dict[str, Space] = {
     "memit": {"value": ["fictitious"]},
     "alphaedit": {"value": ["fictitious"]},
     "leace": {},
-    "expert_edit": {"experts": [8, 16, 32]},
+    "expert_edit": {"experts": [4, 8, 16]},
 }
 # Editors that are told the block; the others find their own places.
 PLACED = ("rocr", "lunar", "rome", "memit", "alphaedit")
