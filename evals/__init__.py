@@ -19,8 +19,10 @@ from evals.probe import probe
 from evals.recall import recall
 from evals.refusal import refusal
 from evals.rouge import rouge
+from evals.similarity import similarity
 from evals.truth_ratio import truth_ratio
 from evals.unlearning_depth import unlearning_depth
+from evals.weight_anatomy import weight_anatomy
 
 __all__ = [
     "coverage",
@@ -42,6 +44,8 @@ __all__ = [
     "recall",
     "refusal",
     "rouge",
+    "similarity",
     "truth_ratio",
     "unlearning_depth",
+    "weight_anatomy",
 ]
