@@ -136,7 +136,8 @@ def _busiest(
     for sign, prompts in ((1.0, names.prompts[:READ]), (-1.0, [m.prompt for m in others])):
         keys = read_keys(model, prompts, wanted)[0] if prompts else {}
         for block in keys.values():
-            sizes = {n: float((k.to(w.device) @ w).norm(dim=1).sum()) for n, k, w in _weighted(model, block)}
+            routed = {n: k for n, k in block.items() if ".experts." in n}
+            sizes = {n: float((k.to(w.device) @ w).norm(dim=1).sum()) for n, k, w in _weighted(model, routed)}
             for name, size in sizes.items():
                 score[name] = score.get(name, 0.0) + sign * size / max(sum(sizes.values()), 1e-30)
     return sorted(score, key=lambda n: -score[n])[:count]

@@ -23,6 +23,7 @@ from excise.trace import _Enough, patched
 if TYPE_CHECKING:
     from excise.facts import Prompt
     from excise.model import Model
+    from excise.scores import Localization
 
 # (matrix name, x [rows, n, d_in], dy [rows, n, d_out]); n counts tokens, or for an expert the tokens it got. Padding is
 # zero in dy, and in a forward pass alone, where dy is None, in x.
@@ -33,11 +34,16 @@ Consumer = Callable[[str, Tensor, "Tensor | None"], None]
 def frozen(model: Model) -> Iterator[None]:
     """Inside the block no parameter asks for a gradient, which spares the backward pass half of its work."""
     asking = [p for p in model.hf.parameters() if p.requires_grad]
+    head = model.hf.get_output_embeddings()
+    # A slice of the last tokens is multiplied row by row, each time with all of the unembedding, unless it is whole.
+    hook = None if head is None else head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
     for parameter in asking:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         for parameter in asking:
             parameter.requires_grad_(True)
 
@@ -129,6 +135,14 @@ def sweeps(model: Model, names: Sequence[str], most: int) -> list[list[str]]:
 def block_matrices(model: Model, layers: Sequence[int]) -> list[str]:
     """The attention and MLP matrices of some blocks that a gradient is known of: all but routers."""
     return [n for layer in layers for n in model.names.weights(layer) if not n.endswith("W_router")]
+
+
+def eligible_matrices(model: Model, where: Localization | None) -> list[str]:
+    """The matrices that a localization allows: those it names, else those of its blocks; without it, of all blocks."""
+    if where is None or not where.sites:
+        return block_matrices(model, range(model.n_layers))
+    named = list(dict.fromkeys(s.point for s in where.sites if s.is_weight and s.layer is not None))
+    return named or block_matrices(model, where.layers())
 
 
 def inflow(model: Model, batch: Batch, names: Sequence[str], where: Tensor, consumer: Consumer) -> None:

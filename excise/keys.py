@@ -2,7 +2,8 @@
 
 A block's MLP output is a sum over its write matrices of key @ W_out. In a dense block there is one, and the key is the
 neuron vector. In a Mixture-of-Experts block there is one per expert, and its key is the expert's neurons times the router
-weight, zero where the token is not routed to it; so one linear algebra serves both.
+weight, zero where the token is not routed to it; a shared expert's key counts as much as its gate says, where it has one.
+So one linear algebra serves all of them.
 """
 
 from __future__ import annotations
@@ -41,12 +42,18 @@ def write_matrices(model: Model, layer: int) -> list[str]:
     dense = f"blocks.{layer}.mlp.W_out"
     if dense in names:
         return [dense]
-    found = [n for n in (f"blocks.{layer}.mlp.experts.{e}.W_out" for e in range(model.names.n_experts)) if n in names]
+    written = [*(f"blocks.{layer}.mlp.experts.{e}.W_out" for e in range(model.names.n_experts)), shared_expert(layer)]
+    found = [n for n in written if n in names]
     if not found:
         raise ExciseError(
             f"{model.name}: block {layer} has no MLP output matrix that excise knows; see `excise doctor`"
         )
     return found
+
+
+def shared_expert(layer: int) -> str:
+    """Name of the matrix that a block's shared expert writes with, in models that have one."""
+    return f"blocks.{layer}.mlp.shared_expert.W_out"
 
 
 def _normed_after(model: Model, layer: int) -> bool:
@@ -66,6 +73,8 @@ def consumed(model: Model, layers: Sequence[int], consumer: Consumer) -> Iterato
         else:
             module = model.names.tap(f"blocks.{layer}.mlp.experts.0.hook_post").module
             routed[module] = _by_expert(layer, consumer)
+            if shared_expert(layer) in names:
+                dense |= _shared(model, layer, consumer)
     with ExitStack() as stack:
         stack.enter_context(patched(model, dense))
         if routed:
@@ -79,6 +88,23 @@ def _whole(name: str, consumer: Consumer) -> Callable[[Tensor], None]:
         consumer(name, rows, torch.arange(len(rows), device=rows.device))
 
     return look
+
+
+def _shared(model: Model, layer: int, consumer: Consumer) -> dict[str, Callable[[Tensor], None]]:
+    """Hooks that hand over the keys of a shared expert: its neurons, times the gate that speaks after them (Qwen2-MoE)."""
+    name, gate, held = shared_expert(layer), f"blocks.{layer}.mlp.shared_expert_gate.hook_out", []
+    reads = str(model.names.weight(name).reads)
+    if gate not in model.names.points(layer):
+        return {reads: _whole(name, consumer)}
+
+    def keep(x: Tensor) -> None:
+        held.append(x.detach().reshape(-1, x.shape[-1]))
+
+    def look(x: Tensor) -> None:
+        rows = held.pop() * x.detach().reshape(-1, 1).sigmoid()
+        consumer(name, rows, torch.arange(len(rows), device=rows.device))
+
+    return {reads: keep, gate: look}
 
 
 def _by_expert(layer: int, consumer: Consumer) -> Callable[[Tensor, Tensor, Tensor], None]:
@@ -153,4 +179,4 @@ def contribution(keys: dict[str, Tensor], model: Model) -> Tensor:
     return torch.stack(parts).sum(0).cpu()
 
 
-__all__ = ["consumed", "contribution", "read_keys", "write_matrices"]
+__all__ = ["consumed", "contribution", "read_keys", "shared_expert", "write_matrices"]

@@ -19,7 +19,7 @@ from excise.restore import Runs, mean_metrics, noisy_embedding
 from excise.sites import Site
 from excise.trace import patched
 
-_EXPERT = re.compile(r"^blocks\.(\d+)\.mlp\.experts\.(\d+)\.hook_post$")
+_EXPERT = re.compile(r"^(blocks\.(\d+)\.mlp\.(?:experts\.\d+|shared_expert))\.hook_post$")
 HEADS = ("attn.hook_z", "attn.hook_q", "attn.hook_k", "attn.hook_v")
 
 
@@ -28,7 +28,8 @@ def restored_unit(model: Model, runs: Runs, site: Site, where: Tensor) -> dict[s
 
     where: mask [n_facts, n_tokens]. The unit is a head of `attn.hook_z` (or of queries, keys, values where a module shows
     them), a column of any other activation, the whole activation without a unit, and for
-    `blocks.i.mlp.experts.e.hook_post` the expert's neuron or the whole expert, times its router weight.
+    `blocks.i.mlp.experts.e.hook_post` or `...shared_expert.hook_post` the expert's neuron or the whole expert, times its
+    router weight or gate.
     """
     facts, draws, _ = runs.shape
     ids = torch.cat([runs.clean[:, None], runs.corrupt], 1).flatten(0, 1)
@@ -38,7 +39,8 @@ def restored_unit(model: Model, runs: Runs, site: Site, where: Tensor) -> dict[s
         stack.enter_context(noisy_embedding(model, runs, skip=1))
         routed = _EXPERT.match(site.point)
         if routed:
-            stack.enter_context(_expert(model, int(routed[1]), int(routed[2]), site.unit, places, (facts, 1 + draws)))
+            name = f"{routed[1]}.W_out"
+            stack.enter_context(_expert(model, int(routed[2]), name, site.unit, places, (facts, 1 + draws)))
         else:
             stack.enter_context(patched(model, {site.point: _clean(model, site, places, (facts, 1 + draws))}))
         logits = model.hf(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
@@ -65,11 +67,9 @@ def _columns(model: Model, site: Site, width: int) -> slice:
     return slice(site.unit * d_head, (site.unit + 1) * d_head)
 
 
-def _expert(
-    model: Model, layer: int, expert: int, unit: int | None, places: Tensor, rows: tuple[int, int]
-) -> ExitStack:
+def _expert(model: Model, layer: int, name: str, unit: int | None, places: Tensor, rows: tuple[int, int]) -> ExitStack:
     """Hooks that add to the block's output what the expert wrote in the clean row less what it wrote in the broken one."""
-    name, written = f"blocks.{layer}.mlp.experts.{expert}.W_out", []
+    written: list[tuple[Tensor, Tensor]] = []
 
     def keep(matrix: str, keys: Tensor, token: Tensor) -> None:
         if matrix == name:

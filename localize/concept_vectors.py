@@ -120,8 +120,7 @@ def concept_vectors(
     seed: of noise and random neurons.
     pool: where facts to keep come from, those of group retain and neighbour, or any when there are none.
 
-    Raises ExciseError where the MLP's output passes another norm before it joins the residual stream. A shared expert's
-    vectors are not searched.
+    Raises ExciseError where the MLP's output passes another norm before it joins the residual stream.
     """
     if search not in SEARCHES:
         raise ValueError(f"no search {search!r}; searches are {', '.join(SEARCHES)}")

@@ -105,7 +105,7 @@ def _inner(
         parts = neuron_parts(reached, w_out, direction)
         if "neuron" in units:
             scores[Site(name.replace("W_out", "hook_post"), "last")] = parts
-        if "expert" in units and ".experts." in name:
+        if "expert" in units and "expert" in name:
             scores[Site(name)] = parts.sum(-1)
     return scores
 

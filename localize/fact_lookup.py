@@ -210,7 +210,7 @@ class Lookup:
                 summed = parts.sum(1).unflatten(0, self.pair.runs.shape[:2]).sum(1).double().cpu()
                 shares[name][own] = (summed / torch.from_numpy(self.total)[:, None])[own]
         neurons = {Site(n.replace("W_out", "hook_post"), position): x for n, x in shares.items()}
-        experts = {Site(n): x.sum(-1) for n, x in shares.items() if ".experts." in n}
+        experts = {Site(n): x.sum(-1) for n, x in shares.items() if "expert" in n}
         return (neurons if "neuron" in units else {}) | (experts if "expert" in units else {})
 
 

@@ -138,8 +138,8 @@ def knowledge_neurons(
     """How much of the answer each MLP neuron brings at the last token: integrated gradients, all of a block at once.
 
     The scores of a block sum to the metric less what it is with all neurons of the block silent, but for jumps where a
-    router further up changes its mind. Neurons of routed experts count with their router weight, which is held fixed;
-    a shared expert is left as it is. Mean over wordings and answer tokens.
+    router further up changes its mind. Neurons of experts count with their router weight or gate, which is held fixed.
+    Mean over wordings and answer tokens.
     steps: points on the line; 0 takes the gradient times the activation instead, from a single point.
     rule: gauss, or uniform with both ends as in the paper's code, which needs far more steps.
     metric: what is explained, of probability, logprob, logit_diff; probability is blind to late neurons once it is near 1.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from excise.attention import Attention, attention_seen
 from excise.gradients import frozen
-from excise.keys import consumed
+from excise.keys import consumed, write_matrices
 from excise.model import Model
 from excise.names import UnknownName
 from excise.restore import HOOKS, Runs, answer_metrics
@@ -331,19 +331,18 @@ class _Gains:
         return first_order(clean, corrupt, towards)
 
     def _experts(self, gradient: dict[str, Tensor], at: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        """Gains of experts and of their neurons, [facts, draws, rules, units]."""
+        """Gains of experts, shared ones too, and of their neurons, [facts, draws, rules, units]."""
         for layer in self.nodes.routed(self.model):
             slope = gradient[f"blocks.{layer}.{HOOKS['mlp']}"].reshape(*self.runs.shape, -1)
-            for expert in range(self.model.names.n_experts):
-                stem = f"blocks.{layer}.mlp.experts.{expert}"
-                matrix = self.model.weight(f"{stem}.W_out").detach()
+            for name in write_matrices(self.model, layer):
+                matrix, point = self.model.weight(name).detach(), name.replace("W_out", "hook_post")
                 none = (slope.new_zeros(0, len(matrix)), torch.zeros(0, dtype=torch.long, device=slope.device))
-                clean, corrupt = (x.routed.get(f"{stem}.W_out", none) for x in (self.clean, self.corrupt))
+                clean, corrupt = (x.routed.get(name, none) for x in (self.clean, self.corrupt))
                 gain = routed_gain(clean, corrupt, slope, matrix, at)
                 if "neuron" in self.nodes.units:
-                    yield ("neuron", f"{stem}.hook_post"), gain
+                    yield ("neuron", point), gain
                 if "expert" in self.nodes.units:
-                    yield ("expert", f"{stem}.hook_post"), gain.sum(-1, keepdim=True)
+                    yield ("expert", point), gain.sum(-1, keepdim=True)
 
 
 @torch.no_grad()

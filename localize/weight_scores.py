@@ -17,11 +17,23 @@ MEASURES = ("taylor", "wagle", "fisher", "snip", "gradient", "wanda", "magnitude
 # A unit that the retain facts never use gets this share of the mean retain Fisher information, so that no ratio is infinite.
 FLOOR = 1e-3
 BINS = 4096
+# Places whose products of inputs and gradients are held at once.
+AT_ONCE = 1024
 
 
 def row_effects(x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
     """Sum over j of weight_ij * g_ij for each fact, [facts, d_in]."""
-    return ((dy.float() @ weight.float().mT) * x.float()).sum(1)
+    rows, back, fact = reached(x, dy)
+    return x.new_zeros(len(x), x.shape[-1], dtype=torch.float32).index_add_(0, fact, (back @ weight.float().mT) * rows)
+
+
+def reached(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [n, d_in] and dy [n, d_out] where a gradient arrives at all, in float32, and the fact of each, [n].
+
+    Padding is left out, and in the last blocks most tokens are: only those that an answer is read from count there.
+    """
+    at = dy.any(-1).flatten().nonzero()[:, 0]
+    return x.flatten(0, 1)[at].float(), dy.flatten(0, 1)[at].float(), at // x.shape[1]
 
 
 def row_squares(x: Tensor, dy: Tensor) -> Tensor:
@@ -68,27 +80,57 @@ class Gradients:
         assert dy is not None
         self._factors.setdefault(name, []).append((x, dy.detach()))
         if sum(a.numel() + b.numel() for a, b in self._factors[name]) > x.shape[-1] * dy.shape[-1]:
-            self._dense[name] = self._sum(name, x.shape[-1], dy.shape[-1])
+            # Laid out as most matrices are stored, so that the two are read in the same order.
+            self._dense[name] = self._sum(name, x.new_empty(dy.shape[-1], x.shape[-1], dtype=torch.float32).mT)
             self._factors[name] = []
 
     def mean(self, name: str, like: Tensor) -> Tensor:
         """Mean over the facts, float32, in the shape of `like`; zero for a matrix that no token reached."""
-        return self._sum(name, *like.shape).to(like.device) / self.facts
+        return self._sum(name, like).to(like.device)
 
-    def _sum(self, name: str, d_in: int, d_out: int) -> Tensor:
+    def mean_at(self, name: str, at: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean at some places, rows and columns [n], without the rest of the gradient, [n]."""
+        factors = self._factors.get(name, [])
+        dense = self._dense.get(name)
+        if dense is None and not factors:
+            return torch.zeros(len(at[0]), device=at[0].device)
+        found = torch.zeros((), device=at[0].device) if dense is None else dense[at]
+        for x, dy in factors:
+            each = gradients_at(x, dy, at)
+            found = found + (each.square() if self.square else each).sum(0) / self.facts
+        return found
+
+    def _sum(self, name: str, like: Tensor) -> Tensor:
         factors = self._factors.get(name, [])
         total = self._dense.get(name)
         if total is None:
-            total = torch.zeros(d_in, d_out, device=factors[0][0].device if factors else None)
+            total = torch.zeros_like(like, dtype=torch.float32, device=factors[0][0].device if factors else None)
         elif factors:
             total = total.clone()
         for x, dy in factors:
             if self.square:
                 for one, back in zip(x.float(), dy.float(), strict=True):
-                    total += (one.mT @ back).square_()
+                    total += (one.mT @ back).square_().div_(self.facts)
             else:
-                total.addmm_(x.flatten(0, 1).float().mT, dy.flatten(0, 1).float())
+                rows, back, _ = reached(x, dy)
+                total.addmm_(rows.mT, back, alpha=1 / self.facts)
         return total
+
+
+def gradients_at(x: Tensor, dy: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+    """g_ij of each fact at some places, rows and columns [n]: [facts, n] in float32."""
+    pairs = zip(*(part.split(AT_ONCE) for part in at), strict=True)
+    return torch.cat([(x[..., i].float() * dy[..., j].float()).sum(1) for i, j in pairs], 1)
+
+
+def bracket(sample: Tensor, share: float) -> tuple[float, float]:
+    """Two values between which lies, all but surely, the one that `share` of all numbers reach, from a random sample."""
+    ordered = sample.sort(descending=True).values
+    place = share * len(ordered)
+    slack = 6 * (place * (1 - share)) ** 0.5 + 6  # standard deviations of the number that is above it
+    first, last = int(place - slack), int(place + slack) + 1
+    low = float(ordered[last]) if last < len(ordered) else float("-inf")
+    return low, float(ordered[first]) if first >= 0 else float("inf")
 
 
 def threshold(stream: Callable[[], Iterable[Tensor]], count: int, *, bins: int = BINS, passes: int = 3) -> float:

@@ -65,6 +65,7 @@ def test_unknown_names_are_errors_with_near_ones(model):
         read(model, PROMPTS, ["blocks.1.hook_resid_pst@last"])
 
 
+@pytest.mark.parametrize("model", ["llama", "qwen3-moe", "gpt2", "neox", "qwen2-moe", "deepseek-v2"], indirect=True)
 def test_keys_write_the_mlp_output(model):
     """Sum over write matrices of key @ W_out is the MLP's output up to its bias, the same for every token."""
     keys, states = read_keys(model, PROMPTS, [1], points=["blocks.1.hook_mlp_out"])

@@ -24,12 +24,14 @@ from localize.node_effects import Nodes, attributions
 from tiny import D_FF, D_MODEL, N_HEADS, N_KV, tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
+# The last two have shared experts, with a gate and without; the first block of the last is dense.
+ROUTED = ("qwen3-moe", "qwen2-moe", "deepseek-v2")
 LAYERS = 3
 
 
 def model_of(family: str) -> Model:
     hf, tokenizer = tiny_model(family, layers=LAYERS)
-    if family == "qwen3-moe":
+    if family in ROUTED:
         hf.set_experts_implementation("eager")
     return Model(hf.double(), tokenizer, family)
 
@@ -98,10 +100,10 @@ def test_integrated_gradients_are_complete(family: str) -> None:
     assert gaps[1] < 2e-2 and gaps[1] < gaps[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ROUTED[1:]])
 def test_parts_add_up_to_the_whole(family: str) -> None:
     model, runs, columns = model_of(family), noisy(1.0), (1, 2, 5)
-    units = ("head", "neuron", *(("expert",) if family == "qwen3-moe" else ()))
+    units = ("head", "neuron", *(("expert",) if family in ROUTED else ()))
     book = SimpleNamespace(
         hook="blocks.1.hook_resid_post",
         encode=lambda x: torch.cat([x, -x], -1).relu(),
@@ -111,18 +113,22 @@ def test_parts_add_up_to_the_whole(family: str) -> None:
     whole = {c: found.effects[c][..., list(columns)].sum(-1) for c in HOOKS}  # [facts, layers]
     for unit, component in (("head", "attn"), ("neuron", "mlp"), ("expert", "mlp")):
         parts = {name: x for (kind, name), x in found.units.items() if kind == unit}
-        for layer in range(LAYERS if parts else 0):
+        dense = family == "deepseek-v2" and unit == "expert"
+        for layer in range(int(dense), LAYERS if parts else 0):
             total = sum(x.sum((1, 2)) for name, x in parts.items() if name.startswith(f"blocks.{layer}."))
             assert np.allclose(total, whole[component][:, layer])
     features = found.units["feature", book.hook]
     assert features.shape == (2, 1, 2 * D_MODEL) and np.allclose(features.sum((1, 2)), whole["resid"][:, 1])
     assert found.units["head", "blocks.0.attn.hook_z"].shape == (2, 1, N_HEADS)
-    if family == "qwen3-moe":
-        assert found.units["expert", "blocks.0.mlp.experts.1.hook_post"].shape == (2, 1, 1)
+    if family in ROUTED:
+        assert found.units["expert", "blocks.1.mlp.experts.1.hook_post"].shape == (2, 1, 1)
+        shared = {name for kind, name in found.units if kind == "expert" and "shared" in name}
+        assert len(shared) == {"qwen3-moe": 0, "qwen2-moe": LAYERS, "deepseek-v2": LAYERS - 1}[family]
 
 
 @pytest.mark.parametrize(
-    ("family", "units"), [("llama", ("head", "query", "key", "value", "neuron")), ("qwen3-moe", ("neuron", "expert"))]
+    ("family", "units"),
+    [("llama", ("head", "query", "key", "value", "neuron")), *((f, ("neuron", "expert")) for f in ROUTED)],
 )
 def test_small_breaks_of_units_are_mended_exactly(family: str, units: tuple[str, ...]) -> None:
     model, runs, mask = model_of(family), noisy(1e-4), at(2)
