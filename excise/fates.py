@@ -2,15 +2,18 @@
 
 A fact to forget is *still stated*, or *suppressed (recoverable by ...)*, or *suppressed (found inside: ...)*, or *removed*:
 the first that applies. A tool or an attack that finds it in the oracle too has taught or guessed it: that does not count.
+Single answers of single attacks are often guesses, so an attack counts where it works on the whole (`excise.attacks`), or
+where so many attacks agree on a fact.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from excise.attacks import GUESSABLE, attacks
 from excise.comparison import by_prompt, roles
 from excise.findings import FORMS
 from excise.registry import family
@@ -28,6 +31,8 @@ WORDS: tuple[Word, ...] = (
 KEPT = ("retain", "neighbour", "general")
 # A value of at least this counts as found; where a low value means found, at most this.
 FOUND = 0.5
+# So many attacks, beyond those that draw it from the oracle, must agree on a fact where none works on the whole.
+AGREE = 3
 # What looks at single facts from inside: evaluation, variant, whether a high value means that it is there.
 INSIDE = (
     ("lens", "hit@5, any layer", True),
@@ -61,16 +66,17 @@ def fates(results: Results, recipe: Mapping[str, object] | None = None) -> list[
     if "before" not in who or "edited" not in who:
         return []
     asked = {role: _by_fact(results.scores.get((arm, "recall"), ())) for role, arm in who.items()}
+    working = {a.name for a in attacks(results, who) if a.works}
     looked = {
         (role, name): _values(results.scores.get((arm, name), ()))
         for role, arm in who.items()
-        for name in _looks(results)
+        for name in _looks(results, who)
     }
     found = []
     for fact, scores in asked["before"].items():
         known = {role: by_prompt(mine.get(fact, ())) for role, mine in asked.items()}
         if scores[0].group == "forget":
-            found.append(_forgotten(scores[0], known, {key: of.get(fact, {}) for key, of in looked.items()}))
+            found.append(_forgotten(scores[0], known, {key: of.get(fact, {}) for key, of in looked.items()}, working))
         elif scores[0].group in KEPT:
             found.append(_kept(scores[0], known))
     return sorted(found, key=lambda f: (f.group != "forget", WORDS.index(f.word)))
@@ -100,7 +106,7 @@ Asked = Mapping[str, dict[tuple[Any, ...], Score]]
 Looked = Mapping[tuple[str, str], dict[str, float]]
 
 
-def _forgotten(first: Score, asked: Asked, looked: Looked) -> Fate:
+def _forgotten(first: Score, asked: Asked, looked: Looked, working: Collection[str]) -> Fate:
     after, oracle = asked["edited"], asked.get("oracle", {})
     known = [k for k, s in asked["before"].items() if s.value and k in after]
     said = [k for k in known if after[k].value and not (k in oracle and oracle[k].value)]
@@ -113,14 +119,20 @@ def _forgotten(first: Score, asked: Asked, looked: Looked) -> Fate:
         return fate("not known before", (), "")
     if _more_than_guessed(said, known):
         return fate("still stated", _forms(said))
-    attacks, tools = list(_attacks(looked)), list(_tools(looked))
-    back, seen = ([name for name, found in looks if found] for looks in (attacks, tools))
+    tried, tools = _attacks(looked), list(_tools(looked))
+    seen = [name for name, found in tools if found]
+    back = [name for name, (drawn, _) in tried.items() if drawn and name in working]
+    drawn, never = (sum(hit[i] for hit in tried.values()) for i in (0, 1))
+    if not back and drawn - never >= AGREE:
+        back = [name for name, (drawn, _) in tried.items() if drawn]
     if back:
-        return fate("suppressed (recoverable)", back, f"{told}; {len(back)} of {len(attacks)} attacks bring it back")
+        return fate(
+            "suppressed (recoverable)", back, f"{told}; {drawn} of {len(tried)} attacks draw it, {never} from an oracle"
+        )
     if seen:
         return fate("suppressed (found inside)", seen)
-    nothing = f"{told}; {len(attacks)} attacks and {len(tools)} looks inside found nothing"
-    return fate("removed" if attacks and tools else "no longer stated", (), nothing)
+    nothing = f"{told}; {len(tried)} attacks and {len(tools)} looks inside found nothing"
+    return fate("removed" if tried and tools else "no longer stated", (), nothing)
 
 
 def _kept(first: Score, asked: Asked) -> Fate:
@@ -145,20 +157,23 @@ def _more_than_guessed(said: Sequence[tuple[Any, ...]], known: Sequence[tuple[An
     return bool(free) or 2 * choices > sum(k[1] == "choice" for k in known) > 0
 
 
-def _looks(results: Results) -> list[str]:
-    """Evaluations that look at single facts: attacks, and tools that look inside."""
-    inside = {name for name, *_ in INSIDE}
-    return [name for name in results.evaluations if name in inside or family(name) == "elicitation"]
+def _looks(results: Results, who: Mapping[str, str]) -> list[str]:
+    """Evaluations that look at single facts: attacks, and tools that look inside. Guesses count only beside an oracle."""
+    inside, guess = {name for name, *_ in INSIDE}, () if "oracle" in who else GUESSABLE
+    names = [name for name in results.evaluations if name in inside or family(name) == "elicitation"]
+    return [name for name in names if name not in guess]
 
 
-def _attacks(looked: Looked) -> Iterator[tuple[str, bool]]:
-    """Each attack that was tried on the fact, and whether it brought the answer back."""
+def _attacks(looked: Looked) -> dict[str, tuple[bool, bool]]:
+    """By attack: whether it drew the answer from the edited model and not from the oracle, and from the oracle alone."""
     inside = {name for name, *_ in INSIDE}
+    found = {}
     for (role, name), values in looked.items():
-        if role == "edited" and name not in inside:
+        if role == "edited" and name not in inside and values:
             never = looked.get(("oracle", name), {})
-            for variant, value in values.items():
-                yield f"{name} ({variant})" if variant else name, value >= FOUND > never.get(variant, 0.0)
+            here, there = max(values.values()) >= FOUND, max(never.values(), default=0.0) >= FOUND
+            found[name] = (here and not there, there and not here)
+    return found
 
 
 def _tools(looked: Looked) -> Iterator[tuple[str, bool]]:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from excise.comparison import paired, pairs, rows_of
-from excise.registry import family
+from excise.attacks import Attack, attacks
+from excise.comparison import paired, rows_of
 from excise.scores import Results, Row
-from excise.significance import holm, sign_flip
-from excise.statistics import Interval, bootstrap_difference, wilson
+from excise.statistics import Interval
 
 State = Literal["good", "bad", "unclear", "unmeasured"]
 # Fixed beforehand: at most this much above a model that never knew counts as forgotten, at most this loss as harmless.
@@ -147,48 +146,23 @@ def control(results: Results, who: Mapping[str, str]) -> Finding:
 
 def recovered(results: Results, who: Mapping[str, str]) -> Finding:
     """Which attacks bring back more than they draw from a model that never knew, many attacks being allowed for."""
-    question = "Does it come back under attack?"
-    tried = [
-        (name, variant)
-        for name in results.evaluations
-        if family(name) == "elicitation"
-        for variant in dict.fromkeys(
-            s.variant for s in results.scores.get((who["edited"], name), ()) if s.value is not None
-        )
-    ]
-    found = [(attack, _drawn(results, who, *attack)) for attack in tried]
-    measured = [(f"{name} ({variant})" if variant else name, d) for (name, variant), d in found if d]
-    if not measured:
+    question, tried = "Does it come back under attack?", attacks(results, who)
+    if not tried:
         return Finding(question, "unmeasured", "No attack was tried: no example, no relearning, no quantised copy.")
-    adjusted = holm([p for _, (_, p) in measured])
-    drawn = [(name, change, p) for (name, (change, _)), p in zip(measured, adjusted, strict=True)]
-    drawn.sort(key=lambda d: -d[1].value)
-    back = [(name, change) for name, change, p in drawn if p < 0.05 and change.value > FORGOTTEN]
-    open_ = [(name, change) for name, change, _ in drawn if change.high > FORGOTTEN]
+    back = [a for a in tried if a.works and a.change.value > FORGOTTEN]
+    open_ = [a for a in tried if a.change.high > FORGOTTEN]
     against = "a model that never knew" if "oracle" in who else "nothing (there is no model that never knew)"
     if back:
-        return Finding(question, "bad", f"Yes, against {against}: {_attacks_named(back)}.")
+        return Finding(question, "bad", f"Yes, against {against}: {_named_attacks(back)}.")
     if open_:
-        said = f"more than {FORGOTTEN:.0%} cannot be excluded for {_attacks_named(open_)}"
-        return Finding(question, "unclear", f"Not shown. Of {len(drawn)} attacks, against {against}, {said}.")
-    return Finding(question, "good", f"No: none of {len(drawn)} attacks, against {against}.")
+        said = f"more than {FORGOTTEN:.0%} cannot be excluded for {_named_attacks(open_)}"
+        return Finding(question, "unclear", f"Not shown. Of {len(tried)} attacks, against {against}, {said}.")
+    return Finding(question, "good", f"No: none of {len(tried)} attacks, against {against}.")
 
 
-def _drawn(results: Results, who: Mapping[str, str], name: str, variant: str) -> tuple[Interval, float] | None:
-    """What an attack draws from the edited model beyond the oracle, and the p of that."""
-    found = pairs(results, name, who["edited"], who.get("oracle", who["edited"]), "forget", variants=(variant, variant))
-    if not found.after:
-        return None
-    never = found.before if "oracle" in who else [0.0] * len(found.after)
-    change = bootstrap_difference(found.after, never, found.clusters)
-    if change.low == change.high:
-        change = Interval(change.value, change.value, change.value + wilson(0, len(found.after)).high)
-    return change, sign_flip([a - b for a, b in zip(found.after, never, strict=True)], found.clusters)
-
-
-def _attacks_named(attacks: Sequence[tuple[str, Interval]], most: int = 4) -> str:
-    named = [f"{name} {v.value:+.2f} [{v.low:+.2f}, {v.high:+.2f}]" for name, v in attacks[:most]]
-    return ", ".join(named) + (f" and {len(attacks) - most} more" if len(attacks) > most else "")
+def _named_attacks(tried: Sequence[Attack], most: int = 4) -> str:
+    more = f" and {len(tried) - most} more" if len(tried) > most else ""
+    return ", ".join(map(str, tried[:most])) + more
 
 
 def inside(results: Results, who: Mapping[str, str]) -> list[Finding]:

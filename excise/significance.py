@@ -14,18 +14,29 @@ from excise.resampling import RESAMPLES, Labels, Values, differences, per_cluste
 EXACT = 12
 
 
-def sign_flip(changes: Values, clusters: Labels | None = None, *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p of the paired permutation test: signs of whole clusters are flipped, exactly for at most 12."""
+def sign_flip(
+    changes: Values,
+    clusters: Labels | None = None,
+    *,
+    greater: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> float:
+    """p of the paired permutation test: signs of whole clusters are flipped, exactly for at most 12.
+
+    Two-sided, or with `greater` the p of changes that are not above zero.
+    """
     sums, _ = per_cluster(np.asarray(changes, float), clusters)
     n = len(sums)
     if n == 0:
         return np.nan
-    observed = abs(sums.sum()) - 1e-12
+    side = (lambda x: x) if greater else np.abs
+    observed = side(sums.sum()) - 1e-12
     if n <= EXACT:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((np.abs(signs @ sums) >= observed).mean())
+        return float((side(signs @ sums) >= observed).mean())
     signs = 1 - 2 * np.random.default_rng(seed).integers(0, 2, (resamples, n))
-    return float((1 + (np.abs(signs @ sums) >= observed).sum()) / (1 + resamples))
+    return float((1 + (side(signs @ sums) >= observed).sum()) / (1 + resamples))
 
 
 def permutation(a: Values, b: Values, *, resamples: int = RESAMPLES, seed: int = 0) -> float:

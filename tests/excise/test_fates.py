@@ -2,8 +2,8 @@
 
 import pytest
 
+from excise import attacks as beside
 from excise import fates as module
-from excise import findings
 from excise.fates import counted, fates
 from excise.findings import recovered
 from excise.scores import Results, Score
@@ -16,7 +16,7 @@ WHO = {"before": "before", "edited": "edited", "oracle": "oracle"}
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     family = {"relearning": "elicitation", "few_shot": "elicitation", "lens": "intrinsic"}.get
-    for where in (module, findings):
+    for where in (module, beside):
         monkeypatch.setattr(where, "family", lambda name: family(name) or "behavioural")
 
 
@@ -70,21 +70,36 @@ def test_a_choice_that_may_be_a_guess_is_not_a_statement():
 
 
 def test_attacks_come_before_looks_inside_and_the_oracle_takes_both_back():
-    scores = planted(back=(), inside=(), taught=(), gone=())
-    facts = ("back", "inside", "taught", "gone")
-    for arm, hits in (("before", facts), ("edited", ("back", "taught")), ("oracle", ("taught",))):
+    facts = [f"back {i}" for i in range(8)] + ["inside", "taught", "gone"]
+    scores = planted(**dict.fromkeys(facts, ()))
+    for arm, hits in (("before", facts), ("edited", [*facts[:8], "taught"]), ("oracle", ["taught"])):
         scores[arm, "relearning"] = attack({f: float(f in hits) for f in facts}, "held-out people")
-    for arm, hits in (("before", facts), ("edited", ("back", "inside")), ("oracle", ())):
+    for arm, hits in (("before", facts), ("edited", ["back 0", "inside"]), ("oracle", [])):
         scores[arm, "lens"] = attack({f: float(f in hits) for f in facts}, "hit@5, any layer")
     found = {f.fact: f for f in fates(Results(scores))}
-    assert found["back"].word == "suppressed (recoverable)" and found["back"].by == ("relearning (held-out people)",)
-    assert str(found["back"]).startswith("back: suppressed (recoverable: relearning (held-out people));")
+    assert found["back 0"].word == "suppressed (recoverable)" and found["back 0"].by == ("relearning",)
+    assert str(found["back 0"]).startswith("back 0: suppressed (recoverable: relearning);")
     assert found["inside"].word == "suppressed (found inside)" and found["inside"].by == ("lens",)
     assert found["taught"].word == found["gone"].word == "removed"
     told = counted(list(found.values()))
-    assert "Of 4 facts to forget: 1 suppressed (recoverable), 1 suppressed (found inside), 2 removed." in told
+    assert "Of 11 facts to forget: 8 suppressed (recoverable), 1 suppressed (found inside), 2 removed." in told
     assert "Of 2 facts to keep: 1 collateral damage, 1 kept." in told
-    assert [f.word for f in fates(Results(scores))][:2] == ["suppressed (recoverable)", "suppressed (found inside)"]
+    assert [f.word for f in fates(Results(scores))][7:9] == ["suppressed (recoverable)", "suppressed (found inside)"]
+
+
+def test_a_lucky_hit_of_an_attack_that_does_not_work_is_no_recovery(monkeypatch):
+    """One hit in twenty facts is a guess; the same fact drawn by three attacks is not."""
+    facts = [f"f{i}" for i in range(20)]
+    scores = planted(**dict.fromkeys(facts, ()))
+    names = ("few_shot", "relearning", "third")
+    monkeypatch.setattr(module, "family", lambda name: "elicitation" if name in names else "")
+    monkeypatch.setattr(beside, "family", lambda name: "elicitation" if name in names else "")
+    for count, word in ((1, "no longer stated"), (3, "suppressed (recoverable)")):
+        for name in names[:count]:
+            for arm in ("before", "edited", "oracle"):
+                scores[arm, name] = attack({f: float(arm == "edited" and f == "f3") for f in facts})
+        assert words(scores)["f3"] == word
+        assert words(scores)["f4"] == "no longer stated"
 
 
 def test_without_an_oracle_nothing_is_found_inside_and_removal_is_not_claimed():
@@ -92,8 +107,6 @@ def test_without_an_oracle_nothing_is_found_inside_and_removal_is_not_claimed():
     scores["edited", "lens"] = attack({"a": 1.0}, "hit@5, any layer")
     scores["edited", "few_shot"] = attack({"a": 0.0})
     assert words(scores)["a"] == "no longer stated"
-    scores["edited", "few_shot"] = attack({"a": 1.0})
-    assert words(scores)["a"] == "suppressed (recoverable)"
 
 
 def test_facts_that_were_not_known_before_are_not_judged():
