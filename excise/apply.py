@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from excise.actions import Abstain, ActivationAction, LowRank, WeightAction
+from excise.actions import Abstain, ActivationAction, Dense, LowRank, Scale, Sparse, WeightAction
 from excise.edits import Change, Edit
 from excise.errors import ExciseError, FingerprintMismatch, NotBakeable
 from excise.running import Running
@@ -46,7 +46,24 @@ def applied(model: Model, edit: Edit, *, force: bool = False) -> Iterator[Runnin
 
 
 def _judging(running: Running, gate: Any) -> Any:
-    return lambda x: running.judge(gate, x)
+    def judge(x: Tensor) -> None:
+        with _fitting(f"the gate at {gate.site}", x):
+            running.judge(gate, x)
+
+    return judge
+
+
+@contextmanager
+def _fitting(what: str, x: Tensor) -> Iterator[None]:
+    """Say so in one line when an edit's tensors do not fit the activations that they meet."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:
+        raise ExciseError(
+            f"{what} does not fit activations of width {x.shape[-1]} ({error}); load the model that the edit was made for"
+        ) from error
 
 
 # activations
@@ -65,7 +82,8 @@ def _activation_change(model: Model, running: Running, index: int, change: Chang
         where = _tokens(running, change, wide) if not grouped else None
         if where is not None and not where.any():
             return None
-        new = action.force(wide, running.history(wide.shape[1])) if isinstance(action, Abstain) else action(wide)
+        with _fitting(f"the {action.kind} change at {change.site}", wide):
+            new = action.force(wide, running.history(wide.shape[1])) if isinstance(action, Abstain) else action(wide)
         running.fired[index] += int(where.sum()) if where is not None else wide.shape[0] * wide.shape[1]
         if where is not None:
             new = torch.where(where[..., None], new, wide)
@@ -237,10 +255,37 @@ def check(model: Model, edit: Edit, *, force: bool = False) -> None:
                 )
         else:
             model.names.tap(change.site.point)
+        if isinstance(change.action, WeightAction):
+            _check_shape(model, change.site.point, change.action)
         if change.gate is not None:
             _check_order(model, change)
     if not force:
         _check_fingerprints(model, edit)
+
+
+def _check_shape(model: Model, name: str, action: WeightAction) -> None:
+    """Refuse a change of a matrix of another shape."""
+    d_in, d_out = model.weight(name).shape
+    match action:
+        case LowRank(left=left, right=right):
+            fits = (left.shape[0], right.shape[1]) == (d_in, d_out)
+        case Dense(change=full):
+            fits = full.shape == (d_in, d_out)
+        case Sparse(indices=places):
+            fits = _within(places, d_in * d_out)
+        case Scale(units=units, side=side):
+            fits = _within(units, d_in if side == "in" else d_out)
+        case _:
+            fits = True
+    if not fits:
+        raise ExciseError(
+            f"{name}: a matrix [{d_in}, {d_out}] in {model.name}, and the edit's {action.kind} change is for another shape; "
+            "load the model that the edit was made for"
+        )
+
+
+def _within(index: Tensor, size: int) -> bool:
+    return not len(index) or (int(index.min()) >= 0 and int(index.max()) < size)
 
 
 def _check_order(model: Model, change: Change) -> None:

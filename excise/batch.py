@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from excise import __version__
-from excise.errors import ExciseError
+from excise.errors import DamagedFile, ExciseError
 from excise.facts import Fact, Facts
 from excise.facts_io import as_record
 from excise.files import atomic, write_text
@@ -196,7 +196,14 @@ def read_localization(path: str | Path, method: str | None = None) -> Localizati
     file = Path(path) / TABLE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such table; run `excise localize ... --out {Path(path)}` to its end first")
-    rows = [r for r in pq.read_table(file).to_pylist() if r["site"] is not None]
+    try:
+        table = pq.read_table(file)
+        if missing := [c for c in COLUMNS if c not in table.column_names]:
+            raise ValueError(f"no column {missing[0]}")
+        table = table.select(list(COLUMNS)).cast(_schema())
+    except (ValueError, OSError, NotImplementedError) as error:  # pyarrow's own errors are among these
+        raise DamagedFile(f"{file}: not a table of `excise localize` ({error}); run it again") from error
+    rows = [r for r in table.to_pylist() if r["site"] is not None]
     there = list(dict.fromkeys(r["method"] for r in rows))
     wanted = method.replace("-", "_") if method else there[0] if len(there) == 1 else None
     if there and wanted not in there:

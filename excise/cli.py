@@ -20,6 +20,8 @@ from excise.errors import ExciseError
 from excise.progress import be_quiet, say
 
 OK, ERROR, USAGE, PARTIAL, UNVERIFIED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+# Characters of an error's line; a value quoted from a file can have millions.
+LONGEST = 1200
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 COMMANDS = {
@@ -128,8 +130,14 @@ def _failed(error: Exception, debug: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    print(f"excise: {explain(error)}", file=sys.stderr)
+    print(f"excise: {_short(explain(error))}", file=sys.stderr)
     return UNVERIFIED if getattr(error, "unverified", False) else ERROR
+
+
+def _short(text: str) -> str:
+    """One line that no file can make endless or drive the terminal with."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 300]} ... {text[-300:]}"
 
 
 def explain(error: Exception) -> str:

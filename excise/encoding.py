@@ -65,9 +65,13 @@ def render(tokenizer: Any, prompt: Prompt) -> tuple[str, int, bool]:
     """The text that is tokenised, the offset of `prompt.text` in it, and whether the template supplied special tokens."""
     if not prompt.chat or not getattr(tokenizer, "chat_template", None):
         return prompt.text, 0, False
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
-    )
+    turn = [{"role": "user", "content": prompt.text}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template does; it runs in a sandbox that forbids what is unsafe
+        raise ValueError(
+            f"the tokenizer's chat template cannot be rendered ({type(error).__name__}: {error}); mend or remove it"
+        ) from error
     # Templates often strip the user's text.
     offset = text.find(prompt.text.strip()) - (len(prompt.text) - len(prompt.text.lstrip()))
     return text, offset, True
@@ -98,6 +102,8 @@ def encode_row(tokenizer: Any, prompt: Prompt, *, answer: bool) -> Row:
         raise ValueError(
             f"{type(tokenizer).__name__} gives no character offsets: a fast tokenizer is needed to find the subject's tokens"
         )
+    if not prompt.text.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt.text):
+        raise ValueError(f"the prompt {prompt.text[:40]!r} holds half a character; write it as UTF-8")
     text, offset, templated = render(tokenizer, prompt)
     ids, spans = _tokenise(tokenizer, text, templated)
     end = getattr(tokenizer, "eos_token_id", None)

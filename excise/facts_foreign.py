@@ -19,7 +19,7 @@ Reader = Callable[[Record, str], list[Fact]]
 def known(record: Record, fallback: str) -> list[Fact]:
     """ROME's known_1000: subject, attribute, prompt (or template with {})."""
     subject = text(record, "subject")
-    prompt = record.get("prompt") or text(record, "template").replace("{}", subject)
+    prompt = text(record, "prompt") if record.get("prompt") else text(record, "template").replace("{}", subject)
     fact_id = f"known-{record.get('known_id', fallback)}"
     relation = str(record.get("relation_id", ""))
     return [_fact(fact_id, subject, text(record, "attribute"), [Prompt(prompt, "", subject)], relation=relation)]
@@ -29,6 +29,8 @@ def counterfact(record: Record, fallback: str) -> list[Fact]:
     """CounterFact: the true answer is what to forget; neighbourhood prompts become neighbour facts."""
     asked = record["requested_rewrite"]
     template, subject = text(asked, "prompt"), text(asked, "subject")
+    if "{}" not in template:
+        raise ValueError(f"the prompt {template!r} has no {{}} where the subject belongs")
     answer, foil = text(asked["target_true"], "str"), asked.get("target_new", {}).get("str", "")
     case, relation = f"counterfact-{record.get('case_id', fallback)}", str(asked.get("relation_id", ""))
     prompts = [Prompt(template.replace("{}", subject), "", subject)]

@@ -25,6 +25,7 @@ from typing import Any, Literal, overload
 from excise.errors import ExciseError
 from excise.facts import GROUPS, Fact, Facts, Prompt
 from excise.facts_foreign import Record, reader_of, text
+from excise.jsonfile import why
 
 FACT_FIELDS = (
     "id", "subject", "answer", "prompt", "prompts", "question", "paraphrases",
@@ -113,7 +114,21 @@ def from_record(record: Any, fallback: str) -> list[Fact]:
     for fact in found:
         for prompt in fact.prompts:
             prompt.span  # noqa: B018  raises when the subject does not occur in the text
+    _check_unicode(record)
     return found
+
+
+def _check_unicode(record: Record) -> None:
+    """JSON can spell halves of characters, which no file and no tokenizer takes."""
+    left: list[Any] = [record]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError(f"{value[:40]!r} holds half a character (a lone surrogate); write it in full")
 
 
 def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
@@ -134,7 +149,7 @@ def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
             first_seen |= {f.id: line for f in made}
             found += made
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            reason = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            reason = _reason(error)
             if not skip_bad:
                 raise FactsError(f"{path}:{line}: {reason}") from error
             bad.append(BadRecord(f"{path}:{line}", reason))
@@ -156,17 +171,27 @@ def _decoded(path: Path) -> str:
         raise FactsError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
+def _reason(error: Exception) -> str:
+    match error:
+        case KeyError():
+            return f"no field {error}"
+        case TypeError() | AttributeError():
+            return f"a field is of another type than such records have ({error})"
+    return str(error)
+
+
 def _records(body: str) -> Iterator[tuple[int, Any, str]]:
     """(line number, decoded record, what is broken) for each record."""
     if body.lstrip().startswith("["):
         yield from _listed(body)
         return
-    for number, line in enumerate(body.splitlines(), start=1):
+    # Not splitlines: JSON may hold the line separators of Unicode as they are.
+    for number, line in enumerate(body.split("\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line), ""
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield number, None, f"not JSON ({_why(error)}); write one object a line"
+            except (ValueError, RecursionError) as error:
+                yield number, None, f"not JSON ({why(error, lines=False)}); write one object a line"
 
 
 def _listed(body: str) -> Iterator[tuple[int, Any, str]]:
@@ -178,17 +203,16 @@ def _listed(body: str) -> Iterator[tuple[int, Any, str]]:
             at += 1
         line, counted = line + body.count("\n", counted, at), at
         if at < len(body) and body[at] == "]":
+            if body[at + 1 :].strip():
+                yield line, None, "text after the end of the list; write one list, or one object a line"
             return
         try:
             record, at = decoder.raw_decode(body, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield getattr(error, "lineno", line), None, f"not JSON ({_why(error)}); the records after it are not read"
+        except (ValueError, RecursionError) as error:
+            reason = f"not JSON ({why(error, lines=False)}); the records after it are not read"
+            yield getattr(error, "lineno", line), None, reason
             return
         yield line, record, ""
-
-
-def _why(error: Exception) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
 
 
 def _own(record: Record) -> Fact:
@@ -201,8 +225,8 @@ def _own(record: Record) -> Fact:
         raise ValueError(f"no group {group!r}; {_near(str(group), GROUPS)}")
     # A skill has no subject and an unknown name no answer; what is taught has both.
     loose = group in ("unknown", "general")
-    subject = str(record.get("subject", "")) if loose else text(record, "subject")
-    answer = str(record.get("answer", "")) if loose else text(record, "answer")
+    subject = _word(record, "subject") if loose else text(record, "subject")
+    answer = _word(record, "answer") if loose else text(record, "answer")
     tags = record.get("tags", {})
     if not isinstance(tags, dict):
         raise ValueError('field "tags" must be an object of texts')
@@ -211,7 +235,7 @@ def _own(record: Record) -> Fact:
         subject=subject,
         answer=answer,
         prompts=tuple(_prompts(record, subject, answer)),
-        relation=str(record.get("relation", "")),
+        relation=_word(record, "relation"),
         group=group,
         aliases=_texts(record, "aliases"),
         foils=_texts(record, "foils"),
@@ -224,7 +248,7 @@ def _prompts(record: Record, subject: str, answer: str) -> Iterator[Prompt]:
         raise ValueError('no prompt; give "prompt": "..." or "prompts": [...], the answer follows it')
     if "prompt" in record:
         yield Prompt(text(record, "prompt"), answer, subject)
-    for given in record.get("prompts", ()):
+    for given in _list(record, "prompts"):
         yield _prompt(given, subject, answer)
     for wording in _texts(record, "paraphrases"):
         yield Prompt(wording, answer, subject if subject in wording else "", held_out=True)
@@ -235,16 +259,17 @@ def _prompts(record: Record, subject: str, answer: str) -> Iterator[Prompt]:
 
 def _prompt(given: Any, subject: str, answer: str) -> Prompt:
     if isinstance(given, str):
-        return Prompt(given, answer, subject)
+        return Prompt(text({"prompts": given}, "prompts"), answer, subject)
     if not isinstance(given, dict):
         raise ValueError(f"a prompt must be text or an object, not {type(given).__name__}")
     _check_fields(given, PROMPT_FIELDS, "prompt field")
-    answer = answer if "answer" not in given else str(given["answer"]) if not answer else text(given, "answer")
+    answer = answer if "answer" not in given else _word(given, "answer") if not answer else text(given, "answer")
+    text(given, "text")
     return Prompt(
-        text=str(given.get("text", "")) if str(given.get("text", "")).strip() else text(given, "text"),
+        text=given["text"],
         answer=answer,
-        subject=str(given.get("subject", "")),
-        form=str(given.get("form", "statement")),
+        subject=_word(given, "subject"),
+        form=_word(given, "form", "statement"),
         held_out=_flag(given, "held_out"),
         chat=_flag(given, "chat"),
         choices=_texts(given, "choices"),
@@ -262,9 +287,24 @@ def _near(name: str, allowed: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(allowed)}"
 
 
+def _word(record: Record, name: str, default: str = "") -> str:
+    """A text that may be empty or missing."""
+    value = record.get(name, default)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} is {type(value).__name__}, not text; write it as text")
+    return value
+
+
+def _list(record: Record, name: str) -> list[Any]:
+    value = record.get(name, [])
+    if not isinstance(value, list):
+        raise ValueError(f"field {name!r} is {type(value).__name__}, not a list; write it in brackets")
+    return value
+
+
 def _texts(record: Record, name: str) -> tuple[str, ...]:
-    value = record.get(name, ())
-    if isinstance(value, str) or not all(isinstance(v, str) and v.strip() for v in value):
+    value = _list(record, name)
+    if not all(isinstance(v, str) and v.strip() for v in value):
         raise ValueError(f"field {name!r} must be a list of texts, none of them empty")
     return tuple(value)
 

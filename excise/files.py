@@ -19,13 +19,12 @@ import numpy as np
 import torch
 
 from excise.errors import DamagedFile, ExciseError
+from excise.headers import FORMAT, read_header
 from excise.sites import Site
 
 if TYPE_CHECKING:
     from excise.edits import Edit
     from excise.scores import Localization
-
-FORMAT = 1
 
 
 @contextmanager
@@ -80,28 +79,7 @@ def write_container(path: str | Path, kind: str, header: dict[str, Any], tensors
 
 def inspect(path: str | Path) -> dict[str, Any]:
     """The header of an artefact, without its tensors. Raises DamagedFile or FileNotFoundError."""
-    from safetensors import safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
-    except Exception as error:
-        raise DamagedFile(f"{path}: not a whole safetensors file ({error}); make it again or copy it again") from error
-    if "excise" not in metadata:
-        raise DamagedFile(
-            f"{path}: a safetensors file, but not one of excise's; expected an edit, a localization or statistics"
-        )
-    try:
-        header = json.loads(metadata["excise"])
-    except json.JSONDecodeError as error:
-        raise DamagedFile(f"{path}: its header is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise DamagedFile(
-            f"{path}: format {header.get('format') if isinstance(header, dict) else '?'}; this version reads format {FORMAT}"
-        )
-    return header
+    return read_header(path)
 
 
 def read_container(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -132,8 +110,8 @@ def save_edit(edit: Edit, path: str | Path) -> Path:
 
 
 def load_edit(path: str | Path) -> Edit:
-    """Read an edit. Raises DamagedFile when a part is missing or of an unknown type."""
-    from excise.actions import ACTIONS
+    """Read an edit. Raises DamagedFile when a part is missing, of an unknown type, of a wrong shape or not a number."""
+    from excise.actions import ACTIONS, WeightAction
     from excise.edits import Change, Edit
     from excise.gates import GATES
 
@@ -151,7 +129,17 @@ def load_edit(path: str | Path) -> Edit:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{path}: a change cannot be read ({error})") from error
+    for name, values in tensors.items():
+        if values.is_floating_point() and bool(values.isnan().any()):
+            raise DamagedFile(f"{path}: the tensor {name} holds NaN; compute the edit again")
+    for change in changes:
+        if isinstance(change.action, WeightAction) and not _finite(change.action):
+            raise DamagedFile(f"{path}: the change of {change.site} is infinite; compute the edit again")
     return Edit(changes, header["recipe"], header["fingerprints"])
+
+
+def _finite(action: Any) -> bool:
+    return all(bool(v.isfinite().all()) for v in vars(action).values() if isinstance(v, torch.Tensor))
 
 
 def _pack(part: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -206,7 +194,7 @@ def save_localization(localization: Localization, path: str | Path) -> Path:
 
 
 def load_localization(path: str | Path) -> Localization:
-    """Read a localization."""
+    """Read a localization. Raises DamagedFile when it does not hold together."""
     from excise.scores import Localization, TraceMap
 
     header, tensors = read_container(path, "localization")
@@ -215,18 +203,22 @@ def load_localization(path: str | Path) -> Localization:
             m["fact"],
             tuple(m["tokens"]),
             (m["subject"][0], m["subject"][1]),
-            {c: tensors[f"map.{i}.{c}"].numpy() for c in m["components"]},
+            {c: _array(tensors[f"map.{i}.{c}"]) for c in m["components"]},
             m["low"],
             m["high"],
         )
         for i, m in enumerate(header["maps"])
     )
-    directions = tensors["directions"].numpy() if "directions" in tensors else None
     return Localization(
         tuple(Site.parse(s) for s in header["sites"]),
-        tensors["scores"].numpy(),
+        _array(tensors["scores"]),
         tuple(header["facts"]),
         header["recipe"],
-        directions,
+        _array(tensors["directions"]) if "directions" in tensors else None,
         maps,
     )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """As numpy has it, which knows no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -245,6 +245,8 @@ class Ledger:
             )
             metrics = {n: Covariance(tensors[f"second.{n}"], ridge) for n, ridge in header["ridges"].items()}
             whitened = {r.name: named(f"{i}.whitened.") for i, r in enumerate(requests)}
+            if any(bool(t.isnan().any()) for t in tensors.values()):
+                raise ValueError("NaN among its keys")
             known = (header["fingerprints"], header["recipe"], header["mode"], header["ridge"])
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedFile(f"{path}: a request cannot be read ({error})") from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from excise.encoding import Batch, Row, as_prompt, collate, encode_row, length_groups, render
+from excise.errors import DamagedFile
 from excise.facts import Prompt
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class Model:
         return self.names.n_layers
 
     @property
+    def context(self) -> int | None:
+        """Tokens that prompt and answer may have together; None where the model does not say."""
+        return getattr(self.hf.config, "max_position_embeddings", None)
+
+    @property
     def bridge(self) -> Any:
         """A TransformerLens TransformerBridge over a shell that shares these very parameters."""
         from excise.views import bridge_view
@@ -101,8 +107,13 @@ class Model:
     def tokenised(self, prompts: Sequence[Prompt], *, answers: bool = False) -> list[Row]:
         """Each prompt tokenised; raises ValueError, naming the fact, for one that does not fit the model's context."""
         rows = [encode_row(self.tokenizer, p, answer=answers) for p in prompts]
-        limit = getattr(self.hf.config, "max_position_embeddings", None)
+        limit, known = self.context, self.hf.get_input_embeddings().weight.shape[0]
         for prompt, row in zip(prompts, rows, strict=True):
+            if row.ids and max(row.ids) >= known:
+                raise ValueError(
+                    f"{self.name}: its tokenizer gives token {max(row.ids)}, and the model knows {known} tokens; "
+                    "they do not belong together"
+                )
             if limit and len(row.ids) > limit:
                 raise ValueError(
                     f"fact {prompt.fact_id or '?'}: {len(row.ids)} tokens do not fit the model's context of {limit}; "
@@ -124,13 +135,16 @@ class Model:
         return self.generate_all([prompt], max_new_tokens=max_new_tokens, **options)[0]
 
     def generate_all(self, prompts: Sequence[Prompt | str], *, max_new_tokens: int = 32, **options: Any) -> list[str]:
-        """Continuations of many prompts, in order; left-padded batches."""
+        """Continuations of many prompts, in order; left-padded batches. They end where the model's context ends."""
         texts: list[str] = [""] * len(prompts)
         for index, batch in self.batches(prompts):
             ids, mask = _left_padded(batch)
             with torch.no_grad():
                 settings = {"do_sample": False, "pad_token_id": self.tokenizer.pad_token_id or 0, **options}
-                out = self.hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **settings)
+                room = max_new_tokens if self.context is None else min(max_new_tokens, self.context - ids.shape[1])
+                if room < 1:
+                    continue
+                out = self.hf.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **settings)
             for i, row in zip(index, out[:, ids.shape[1] :], strict=True):
                 texts[i] = self.tokenizer.decode(row, skip_special_tokens=True).strip()
         return texts
@@ -208,7 +222,8 @@ def load(
     dtype: None keeps the checkpoint's own (the embedded models are computed in float32).
     device: "cpu", "cuda", "auto" for a device map; None leaves the default.
     trust_remote_code: run the checkpoint's own code; only together with a `revision`.
-    Raises FileNotFoundError when there is no such model, ValueError for a wrong combination.
+    Raises FileNotFoundError when there is no such model, DamagedFile when it cannot be loaded or lacks parameters,
+    ValueError for a wrong combination.
     """
     if not isinstance(model, (str, Path)):
         if isinstance(model, Model):
@@ -235,22 +250,56 @@ def _from_pretrained(
 
     if isinstance(dtype, str) and dtype not in {*DTYPES, "auto"}:
         raise ValueError(f"no dtype {dtype!r}; dtypes are {', '.join(DTYPES)}")
-    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": remote_code, "local_files_only": offline}
-    shared = {k: v for k, v in shared.items() if v}
+    _check_device(device)
+    # False and not left out: left out, transformers would ask the terminal, and a "y" would run the checkpoint's code.
+    shared: dict[str, Any] = {"trust_remote_code": remote_code}
+    shared |= {k: v for k, v in {"revision": revision, "local_files_only": offline}.items() if v}
     placing = {"device_map": "auto"} if device == "auto" else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
-        hf = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES.get(dtype, dtype) or "auto", use_safetensors=True, **placing, **shared
+        hf, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES.get(dtype, dtype) or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            **placing,
+            **shared,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"no model at {name!r}: give testbed:dense, testbed:moe, a folder with config.json, or a hub id ({reason})"
-        ) from error
+    except Exception as error:  # a broken file can make any part of these libraries fail, in any way
+        raise _not_loaded(name, folder, error) from error
+    if told["missing_keys"]:
+        raise DamagedFile(
+            f"{name}: its checkpoint lacks {len(told['missing_keys'])} parameters that its config.json asks for "
+            f"({min(told['missing_keys'])}, ...); they would be random numbers, so copy it again or mend the config"
+        )
     loaded = Model(hf if device in (None, "auto") else hf.to(device), tokenizer, name)
     _refuse_nan(loaded)
     return loaded
+
+
+def _not_loaded(name: str, folder: str, error: Exception) -> Exception:
+    """What to say of a model that could not be loaded: not there, damaged, or too large for this machine."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return error
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+    if not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
+    if (Path(folder) / "config.json").is_file():
+        return DamagedFile(f"{name}: not a causal language model that transformers can load ({reason})")
+    return FileNotFoundError(
+        f"no model at {name!r}: give testbed:dense, testbed:moe, a folder with config.json, or a hub id ({reason})"
+    )
+
+
+def _check_device(device: str | None) -> None:
+    if device in (None, "auto"):
+        return
+    try:
+        usable = torch.zeros((), device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise ValueError(f"no device {device!r} on this machine; use cpu, auto, or cuda and mps where there are some")
 
 
 def _refuse_nan(model: Model) -> None:

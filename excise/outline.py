@@ -6,7 +6,6 @@ formed to compare two of them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from excise.errors import DamagedFile
+from excise.headers import WEIGHT_ACTIONS, header_of
 from excise.tensorfile import TensorFile
 
 if TYPE_CHECKING:
     from excise.edits import Edit
 
 Array = np.ndarray[Any, Any]
-FORMAT = 1
-WEIGHT_ACTIONS = ("LowRank", "Dense", "Sparse", "Scale")
 
 
 @dataclass(frozen=True)
@@ -128,50 +126,22 @@ def _words(name: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
 
 
-def header_of(file: TensorFile) -> dict[str, Any]:
-    """The description in the header of an artefact. Raises DamagedFile for other files."""
-    if "excise" not in file.metadata:
-        raise DamagedFile(
-            f"{file.path}: a safetensors file, but not one of excise's; expected an edit, a localization or statistics"
-        )
-    try:
-        header = json.loads(file.metadata["excise"])
-    except json.JSONDecodeError as error:
-        raise DamagedFile(f"{file.path}: its header is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        found = header.get("format") if isinstance(header, dict) else "?"
-        raise DamagedFile(f"{file.path}: format {found}; this version reads format {FORMAT}")
-    return header
-
-
 def read_outline(path: str | Path) -> Outline:
     """The outline of an edit file. Raises DamagedFile when the file holds something else."""
     file = TensorFile.open(path)
     header = header_of(file)
     if header.get("kind") != "edit":
         raise DamagedFile(f"{path}: holds {header.get('kind')!r}, and 'edit' is wanted here")
-    try:
-        rows = header["changes"]
-        parts = []
-        for i, row in enumerate(rows):
-            owner = row.get("gate of", i)
-            gate = rows[owner].get("gate", {})
-            settings = [{k: v for k, v in packed.items() if k != "type"} for packed in (row["action"], gate)]
-            arrays = [_under(file, f"{i}.action."), _under(file, f"{owner}.gate.")]
-            parts.append(
-                Part(
-                    row["site"],
-                    row["action"]["type"],
-                    gate.get("type", ""),
-                    arrays[0],
-                    settings[0],
-                    arrays[1],
-                    settings[1],
-                )
-            )
-        return Outline(tuple(parts), header["recipe"], header["fingerprints"])
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DamagedFile(f"{path}: a change cannot be read ({error})") from error
+    rows = header["changes"]
+    parts = []
+    for i, row in enumerate(rows):
+        owner = row.get("gate of", i)
+        gate = rows[owner].get("gate", {})
+        settings = [{k: v for k, v in packed.items() if k != "type"} for packed in (row["action"], gate)]
+        arrays = [_under(file, f"{i}.action."), _under(file, f"{owner}.gate.")]
+        action, of = row["action"]["type"], gate.get("type", "")
+        parts.append(Part(row["site"], action, of, arrays[0], settings[0], arrays[1], settings[1]))
+    return Outline(tuple(parts), header["recipe"], header["fingerprints"])
 
 
 def _under(file: TensorFile, prefix: str) -> dict[str, Array]:
@@ -213,7 +183,20 @@ def factors(parts: Sequence[Part]) -> Factors | None:
     known = [f for f in found if f is not None]
     if not known or len(known) < len(found):
         return None
+    for other in known[1:]:
+        _alike(known[0], other)
     return np.concatenate([f[0] for f in known], 1), np.concatenate([f[1] for f in known], 0)
+
+
+def _alike(a: Factors, b: Factors) -> None:
+    """Refuse changes of matrices of different shapes."""
+    shapes = [(len(left), right.shape[1]) for left, right in (a, b)]
+    if shapes[0] != shapes[1]:
+        (d_in, d_out), (other_in, other_out) = shapes
+        raise ValueError(
+            f"a change of a matrix [{d_in}, {d_out}] meets one of a matrix [{other_in}, {other_out}] at the same place: "
+            "these edits were made for different models"
+        )
 
 
 def _factors(part: Part) -> Factors | None:
@@ -228,6 +211,7 @@ def _factors(part: Part) -> Factors | None:
 
 def inner(a: Factors, b: Factors) -> float:
     """Frobenius inner product of two matrices given by their factors."""
+    _alike(a, b)
     (la, ra), (lb, rb) = ((left.astype(np.float64), right.astype(np.float64)) for left, right in (a, b))
     return max(0.0, float(((la.T @ lb) * (ra @ rb.T)).sum())) if a is b else float(((la.T @ lb) * (ra @ rb.T)).sum())
 
@@ -239,6 +223,7 @@ def norm(a: Factors) -> float:
 
 def minus(a: Factors, b: Factors) -> Factors:
     """a - b."""
+    _alike(a, b)
     return np.concatenate([a[0], b[0]], 1), np.concatenate([a[1], -b[1]], 0)
 
 
@@ -257,7 +242,6 @@ __all__ = [
     "Outline",
     "Part",
     "factors",
-    "header_of",
     "inner",
     "minus",
     "norm",

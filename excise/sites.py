@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 POSITION_RULES = (
     "all",
@@ -109,6 +111,8 @@ def position_mask(
     lengths: real tokens of each row; subjects: token span [start, end) of each row's subject, or None.
     Raises ValueError when the rule needs a subject and a row has none, or an index lies outside a row.
     """
+    import torch  # here alone: to name a site must not load it
+
     mask = torch.zeros(len(lengths), width, dtype=torch.bool)
     for row, (length, span, bos) in enumerate(zip(lengths, subjects, has_bos, strict=True)):
         start, end = _span(rule, length, span, bos, row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from excise.errors import DamagedFile, ExciseError
+from excise.jsonfile import read_object, why
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 # bfloat16 is the upper half of a float32, which numpy does not know by itself.
@@ -55,11 +57,13 @@ class TensorFile:
                 if not 2 <= length <= size - 8:
                     raise ValueError("its header is cut off")
                 header = json.loads(opened.read(length))
-            metadata = dict(header.pop("__metadata__", {}))
+            metadata = _metadata(header)
             entries = {name: _entry(row, 8 + length, size) for name, row in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if max((e.end for e in entries.values()), default=8 + length) != size:
+                raise ValueError("it is longer than its header says")
+        except (ValueError, RecursionError) as error:
             raise DamagedFile(
-                f"{file}: not a whole safetensors file ({error}); make it again or copy it again"
+                f"{file}: not a whole safetensors file ({why(error)}); make it again or copy it again"
             ) from error
         return cls(file, metadata, entries)
 
@@ -88,14 +92,28 @@ class TensorFile:
         return raw.astype(np.float32) if entry.dtype == "F16" else np.asarray(raw)
 
 
-def _entry(row: dict[str, Any], base: int, size: int) -> Entry:
-    start, end = row["data_offsets"]
-    shape = tuple(int(n) for n in row["shape"])
-    kind = _NUMPY.get(row["dtype"])
-    expected = None if kind is None else int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize
+def _metadata(header: Any) -> dict[str, str]:
+    """The metadata, taken out of the header."""
+    found = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise ValueError("its header is not an object, or its metadata not an object of texts")
+    return found
+
+
+def _entry(row: Any, base: int, size: int) -> Entry:
+    match row:
+        case {"dtype": str(dtype), "shape": [*sizes], "data_offsets": [int(start), int(end)]}:
+            shape = tuple(sizes)
+        case _:
+            raise ValueError("its header does not say type, shape and place of every tensor")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError("its header names a shape that is none")
+    kind = _NUMPY.get(dtype)
+    # Whole numbers of Python's: a product that overflows could fit anything.
+    expected = None if kind is None else math.prod(shape) * np.dtype(kind).itemsize
     if not 0 <= start <= end <= size - base or expected not in (None, end - start):
         raise ValueError("it ends too early, or its header does not fit its data")
-    return Entry(row["dtype"], shape, base + start, base + end)
+    return Entry(dtype, shape, base + start, base + end)
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,11 @@ class Checkpoint:
         """Read the headers of a model folder, sharded or not. Raises ExciseError when it holds no safetensors."""
         path = Path(folder)
         if (path / INDEX).is_file():
-            table = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            table = read_object(path / INDEX).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+                raise DamagedFile(
+                    f"{path / INDEX}: its weight_map is not an object of file names; copy the folder again"
+                )
             # Names come from a file: they must not lead out of the folder.
             files = {name: TensorFile.open(path / Path(name).name) for name in set(table.values())}
             missing = [n for n, file in table.items() if n not in files[file].entries]

@@ -79,6 +79,17 @@ def positive(text: str) -> int:
 positive.__name__ = "number from 1 on"
 
 
+def finite(text: str) -> float:
+    """A finite number, for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+finite.__name__ = "finite number"
+
+
 def batch_size(text: str) -> int | None:
     """Tokens in one forward pass; None for auto."""
     return None if text == "auto" else positive(text)

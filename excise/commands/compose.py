@@ -13,7 +13,11 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument("edits", nargs="+", metavar="EDIT", help="edit files, in the order they take effect")
     parser.add_argument("--out", required=True, metavar="FILE", help="the composed edit")
     parser.add_argument(
-        "--scale", nargs="+", type=float, metavar="FACTOR", help="strength of each edit, in their order (default 1)"
+        "--scale",
+        nargs="+",
+        type=common.finite,
+        metavar="FACTOR",
+        help="strength of each edit, in their order (default 1)",
     )
     common.output_flags(parser)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from excise.registry import Kind, Method, Option
 
-_SCALARS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+
+def number(text: str) -> float:
+    """A number, for argparse; infinity may mean "no limit", but NaN never means anything."""
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError(text)
+    return value
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {"int": int, "float": number, "str": str}
 _SEQUENCE = re.compile(r"^(?:Sequence|tuple|list|Iterable|frozenset|set)\[(int|float|str)(?:, ?\.\.\.)?\]$")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from excise.commands import common
+from excise.errors import DamagedFile
+from excise.jsonfile import read_object
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -30,7 +31,10 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(
                 f"{folder / name}: no such file; a report needs a finished run, such as `excise demo` or `excise eval --out {folder}`"
             )
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    settings = read_object(folder / "run.json")
+    samples = settings.get("samples", [])
+    if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
+        raise DamagedFile(f"{folder / 'run.json'}: its samples are not a list of objects; run the command again")
     path = write_report(
         folder,
         facts=read_facts(folder / "facts.jsonl"),
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         results=read_results(folder / "results.jsonl"),
         verification=settings.get("verification"),
         recipe={k: v for k, v in settings.items() if k not in ("samples", "verification")},
-        samples=settings.get("samples", []),
+        samples=samples,
     )
     if args.format == "json":
         common.print_json({"report": str(path)})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from excise.commands import common
+from excise.jsonfile import read_object
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 def _folder(path: Path, top: int) -> dict[str, Any]:
     parts = [_artefact(p, top) for p in sorted(path.glob("*.safetensors"))]
     run_file = path / "run.json"
-    settings = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
+    settings = read_object(run_file) if run_file.is_file() else {}
     if not parts and not settings:
         raise ValueError(f"{path}: not a run folder; it has neither run.json nor a .safetensors file")
     if settings:
@@ -47,7 +48,8 @@ def _folder(path: Path, top: int) -> dict[str, Any]:
 
 
 def _artefact(path: Path, top: int) -> dict[str, Any]:
-    from excise.outline import header_of, read_outline
+    from excise.headers import header_of
+    from excise.outline import read_outline
     from excise.tensorfile import TensorFile
 
     file = TensorFile.open(path)

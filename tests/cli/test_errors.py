@@ -129,7 +129,7 @@ def test_full_disk(
     assert "No space left on device" in said.error and "free some space" in said.error
     monkeypatch.undo()
     assert cli("eval", "recall", "--before", model_folder, "--facts", facts_file, "--out", out).code == 0
-    assert [p.name for p in out.iterdir()] == ["results.jsonl"]
+    assert {p.name for p in out.iterdir()} == {"results.jsonl", "run.json", "facts.jsonl", "report.html"}
 
 
 def test_interrupt(
