@@ -1,51 +1,85 @@
 """Evaluations: `(arm, facts, *, options) -> list of Score`. One method per file."""
 
+from evals.answer_prefix import answer_prefix
+from evals.answer_rank import answer_rank
+from evals.concept_residual import concept_residual
 from evals.coverage import coverage
 from evals.drift import drift
 from evals.erasure import erasure
+from evals.few_shot import few_shot
 from evals.fluency import fluency
 from evals.forced_choice import forced_choice
 from evals.form_spread import form_spread
 from evals.head_projection import head_projection
+from evals.in_context import in_context
+from evals.jailbreak import jailbreak
 from evals.lens import lens
 from evals.lens_erasure import lens_erasure
 from evals.linear_recovery import linear_recovery
 from evals.memorisation import memorisation
+from evals.multiple_choice import multiple_choice
+from evals.offered_choice import offered_choice
 from evals.patching_recovery import patching_recovery
 from evals.patchscope import patchscope
+from evals.prefilled import prefilled
 from evals.privacy import privacy
 from evals.probability import probability
 from evals.probe import probe
 from evals.recall import recall
 from evals.refusal import refusal
+from evals.refusal_suppression import refusal_suppression
+from evals.rephrasing import rephrasing
+from evals.reversed_question import reversed_question
 from evals.rouge import rouge
+from evals.sae_residual import sae_residual
+from evals.sampling_leak import sampling_leak
 from evals.similarity import similarity
+from evals.step_by_step import step_by_step
+from evals.subtoken import subtoken
 from evals.truth_ratio import truth_ratio
 from evals.unlearning_depth import unlearning_depth
+from evals.verbatim import verbatim
 from evals.weight_anatomy import weight_anatomy
 
 __all__ = [
+    "answer_prefix",
+    "answer_rank",
+    "concept_residual",
     "coverage",
     "drift",
     "erasure",
+    "few_shot",
     "fluency",
     "forced_choice",
     "form_spread",
     "head_projection",
+    "in_context",
+    "jailbreak",
     "lens",
     "lens_erasure",
     "linear_recovery",
     "memorisation",
+    "multiple_choice",
+    "offered_choice",
     "patching_recovery",
     "patchscope",
+    "prefilled",
     "privacy",
     "probability",
     "probe",
     "recall",
     "refusal",
+    "refusal_suppression",
+    "rephrasing",
+    "reversed_question",
     "rouge",
+    "sae_residual",
+    "sampling_leak",
     "similarity",
+    "step_by_step",
+    "subtoken",
     "truth_ratio",
     "unlearning_depth",
+    "verbatim",
     "weight_anatomy",
 ]
