@@ -57,7 +57,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """The parts of a page that are read from the code."""
     folder, _, name = page.file.src_uri.removesuffix(".md").rpartition("/")
-    markdown = re.sub(r"^<!-- (\w+) ([\w.]+) -->$", lambda m: DIRECTIVES[m[1]](m[2]), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^<!-- (\w+) ([\w.:]+) -->$", lambda m: DIRECTIVES[m[1]](m[2]), markdown, flags=re.MULTILINE)
     for kind in ("localizer", "editor"):
         entry = methods(kind).get(name) if folder == FOLDERS[kind] else None
         if entry:
@@ -207,7 +207,38 @@ def module(name: str) -> str:
     return f"::: {name}\n    options:\n      show_root_full_path: true\n"
 
 
-DIRECTIVES = {"methods": methods_table, "public": public_names, "module": module}
+def names(source: str) -> str:
+    """TransformerLens names of one block of a model and of what surrounds the blocks, with the modules that they mean."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from excise.names import Names
+    from excise.testbed import model_folder
+
+    config = AutoConfig.from_pretrained(model_folder(source.removeprefix("testbed:")))
+    with torch.device("meta"):
+        known = Names(AutoModelForCausalLM.from_config(config))
+    seen: dict[tuple[str, str], list[str]] = {}
+    for name in (n for n in known.points() if _shown(n, ".hook_")):
+        tap = known.tap(name)
+        side = {"in": "its input", "out": "its output", "neurons": "inside it, per expert"}[tap.side]
+        seen.setdefault((tap.module, side), []).append(f"`{name}`")
+    for name in (n for n in known.weights() if _shown(n, ".W_")):
+        weight = known.weight(name)
+        part = " (a slice)" if weight.expert is not None or weight.part else ""
+        what = f"the parameter, {'transposed' if weight.transposed else 'as stored'}{part}"
+        seen.setdefault((weight.parameter, what), []).append(f"`{name}`")
+    rows = [f"| {', '.join(found)} | `{place}` | {what} |" for (place, what), found in seen.items()]
+    return "\n".join(["| names | in transformers | what |", "|---|---|---|", *rows])
+
+
+def _shown(name: str, leaf: str) -> bool:
+    """One block and one expert stand for all; names of outside the blocks have no number."""
+    inside = re.match(r"blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?", name)
+    return (leaf in f".{name}") and (inside is None or (inside[1] == "1" and inside[2] in (None, "0")))
+
+
+DIRECTIVES = {"methods": methods_table, "public": public_names, "module": module, "names": names}
 
 
 class Listed(griffe.Extension):
