@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from excise.sites import Site, position_mask
 from localize.causal_trace import Metric, assemble, trace_map
 from localize.corruption import Case, Corruption, batches, prepare, runs_of
 from localize.node_effects import UNITS, Nodes, attributions
+from sae.own import of_model
 
 # One fact's units: (unit, activation) -> [n_rules, n_units].
 Units = dict[tuple[str, str], np.ndarray]
@@ -48,7 +48,7 @@ def attribution_patching(
     known_only: bool = True,
     seed: int = 0,
     pool: Facts | None = None,
-    dictionary: Any = None,
+    dictionary: str = "",
     batch_tokens: int = 4096,
 ) -> Localization:
     """First-order indirect effect of every node on each fact, as a share of the total effect.
@@ -69,11 +69,13 @@ def attribution_patching(
     known_only: leave out facts whose answer the model does not give.
     seed: of counterparts and noise.
     pool: facts that lend counterparts and give the noise its scale; the traced facts when left out.
-    dictionary: the sparse dictionary whose features are scored.
+    dictionary: whose features are scored: a sae-lens folder, release:sae_id, or testbed:dense (in Python a `Dictionary`,
+        too); left out, the embedded one of an embedded model.
     batch_tokens: rows times tokens in one batch; changes speed and memory only.
     """
     states, units = [c for c in components if c in HOOKS], [c for c in components if c not in HOOKS]
-    nodes = Nodes(states, units, None, dictionary, exact_attention)
+    book = of_model(model, dictionary) if "feature" in units else None
+    nodes = Nodes(states, units, None, book, exact_attention)
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}; metrics are {', '.join(METRICS)}")
     prepared = prepare(

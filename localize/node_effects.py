@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from excise.attention import Attention, attention_seen
+from excise.features import scaling
 from excise.gradients import frozen
 from excise.keys import consumed, write_matrices
 from excise.model import Model
@@ -23,6 +23,7 @@ from excise.names import UnknownName
 from excise.restore import HOOKS, Runs, answer_metrics
 from excise.trace import patched
 from localize.first_order import contracted, first_order, key_effects, query_effects, routed_gain
+from sae.dictionary import ACTS, Dictionary
 
 # What is scored unit by unit, and the activation whose units they are. Experts and their neurons have names of their own.
 UNITS = {
@@ -43,15 +44,14 @@ class Nodes:
     """What is asked for.
 
     states: of resid, mlp, attn, scored token by token. units: of head, query, key, value, neuron, expert, feature,
-    summed over the tokens that each rule picks. at: mask [n_rules, n_facts, n_tokens]. dictionary: gives the features;
-    anything with `hook`, `encode` ([..., d] to [..., n]) and `decoder` [n, d].
+    summed over the tokens that each rule picks. at: mask [n_rules, n_facts, n_tokens]. dictionary: gives the features.
     exact_attention: recompute the attention weights of a restored query or key.
     """
 
     states: Sequence[str] = tuple(HOOKS)
     units: Sequence[str] = ()
     at: Tensor | None = None
-    dictionary: Any = None
+    dictionary: Dictionary | None = None
     exact_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class Nodes:
         if "neuron" in self.units:
             names += [f"blocks.{i}.{UNITS['neuron']}" for i in range(model.n_layers) if not has_experts(model, i)]
         names += [f"blocks.{i}.{HOOKS['mlp']}" for i in self.routed(model)]
-        return list(dict.fromkeys([*names, *([self.dictionary.hook] if "feature" in self.units else [])]))
+        return list(dict.fromkeys([*names, *([self.dictionary.hook] if self.dictionary is not None else [])]))
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,9 @@ class _Gains:
     def _units(self, unit: str, gradient: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Gains of units that every token has, [facts, draws, tokens, units]."""
         if unit == "feature":
-            yield self.nodes.dictionary.hook, self._features(gradient[self.nodes.dictionary.hook])
+            assert self.nodes.dictionary is not None
+            hook = self.nodes.dictionary.hook
+            yield f"{hook}.{ACTS}", self._features(gradient[hook])
             return
         for layer in range(self.model.n_layers):
             name = f"blocks.{layer}.{UNITS[unit]}"
@@ -324,10 +326,15 @@ class _Gains:
         return x.transpose(1, 2).unflatten(0, self.runs.shape[:2])
 
     def _features(self, slope: Tensor) -> Tensor:
+        """Gains of features, decoder units being those of each corrupted token where the dictionary normalises tokens."""
+        assert self.nodes.dictionary is not None
         book, (facts, draws, tokens) = self.nodes.dictionary, self.runs.shape
-        seen = (x.values[book.hook].detach().reshape(-1, tokens, slope.shape[-1]) for x in (self.clean, self.corrupt))
+        seen = [x.values[book.hook].detach().reshape(-1, tokens, slope.shape[-1]) for x in (self.clean, self.corrupt)]
         clean, corrupt = (book.encode(x).unflatten(0, (facts, -1)) for x in seen)
         towards = slope.reshape(facts, draws, tokens, -1).to(clean) @ book.decoder.to(clean).T
+        scale = scaling(seen[1].float(), book.norm)[1]
+        if scale is not None:
+            towards = towards * scale.unflatten(0, (facts, -1)).to(towards)
         return first_order(clean, corrupt, towards)
 
     def _experts(self, gradient: dict[str, Tensor], at: Tensor) -> Iterator[tuple[tuple[str, str], Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 from excise.blocks import HOOKS
 from excise.grid import restoration_grid
 from excise.model import Model
-from excise.restore import Runs
+from excise.restore import Runs, mean_metrics, noisy_embedding
 from excise.sites import Site
 from excise.trace import patched
 from excise.units import restored_unit
 from localize import attribution_patching, causal_trace
 from localize.first_order import key_effects, query_effects
 from localize.node_effects import Nodes, attributions
+from sae.dictionary import ACTS, Dictionary
 from tiny import D_FF, D_MODEL, N_HEADS, N_KV, tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
@@ -100,15 +100,48 @@ def test_integrated_gradients_are_complete(family: str) -> None:
     assert gaps[1] < 2e-2 and gaps[1] < gaps[0]
 
 
+def book_of(encoder: Tensor, decoder: Tensor, norm: str = "none") -> Dictionary:
+    nothing = torch.zeros(len(decoder))
+    return Dictionary(encoder, nothing, nothing, decoder, torch.zeros(D_MODEL), "blocks.1.hook_resid_post", norm=norm)
+
+
+def mended_feature(model: Model, runs: Runs, book: Dictionary, feature: int, column: int) -> np.ndarray:
+    """What restoring one feature at one token brings back, by hand, [facts]."""
+    seen = []
+
+    def put(x: Tensor) -> Tensor:
+        new, here = x.clone(), x[:, column : column + 1]
+        new[:, column : column + 1] = book.delta(here, [feature], seen[0])
+        return new
+
+    with torch.no_grad():
+        keep = {book.hook: lambda x: seen.append(book.encode(x)[:, column : column + 1, [feature]])}
+        with patched(model, keep):
+            model.hf(input_ids=runs.clean.repeat_interleave(3, 0))
+        values = []
+        for patches in ({}, {book.hook: put}):
+            with noisy_embedding(model, runs), patched(model, patches):
+                logits = model.hf(input_ids=runs.corrupt.flatten(0, 1)).logits[:, -1]
+            values.append(mean_metrics(logits, runs)["logit_diff"][0])
+    return values[1] - values[0]
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
+def test_small_breaks_of_features_are_mended_exactly(norm: str) -> None:
+    model, runs, dice = model_of("llama"), noisy(1e-4), torch.Generator().manual_seed(0)
+    book = book_of(*torch.randn(2, D_MODEL, D_MODEL, generator=dice), norm=norm)
+    effects = attributions(model, runs, Nodes((), ("feature",), at(2), book)).units["feature", f"{book.hook}.{ACTS}"]
+    for feature in np.abs(effects).sum((0, 1)).argsort()[-3:].tolist():
+        exact = mended_feature(model, runs, book, feature, 2)
+        assert np.abs(effects[:, 0, feature] - exact).max() < 0.05 * np.abs(exact).max(), (norm, feature)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *ROUTED[1:]])
 def test_parts_add_up_to_the_whole(family: str) -> None:
     model, runs, columns = model_of(family), noisy(1.0), (1, 2, 5)
     units = ("head", "neuron", *(("expert",) if family in ROUTED else ()))
-    book = SimpleNamespace(
-        hook="blocks.1.hook_resid_post",
-        encode=lambda x: torch.cat([x, -x], -1).relu(),
-        decoder=torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)]),
-    )
+    both = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
+    book = book_of(both.mT, both)
     found = attributions(model, runs, Nodes(units=(*units, "feature"), at=at(*columns), dictionary=book))
     whole = {c: found.effects[c][..., list(columns)].sum(-1) for c in HOOKS}  # [facts, layers]
     for unit, component in (("head", "attn"), ("neuron", "mlp"), ("expert", "mlp")):
@@ -117,8 +150,9 @@ def test_parts_add_up_to_the_whole(family: str) -> None:
         for layer in range(int(dense), LAYERS if parts else 0):
             total = sum(x.sum((1, 2)) for name, x in parts.items() if name.startswith(f"blocks.{layer}."))
             assert np.allclose(total, whole[component][:, layer])
-    features = found.units["feature", book.hook]
-    assert features.shape == (2, 1, 2 * D_MODEL) and np.allclose(features.sum((1, 2)), whole["resid"][:, 1])
+    features = found.units["feature", f"{book.hook}.{ACTS}"]
+    assert features.shape == (2, 1, 2 * D_MODEL)
+    assert np.allclose(features.sum((1, 2)), whole["resid"][:, 1], atol=1e-5)  # dictionaries count in float32
     assert found.units["head", "blocks.0.attn.hook_z"].shape == (2, 1, N_HEADS)
     if family in ROUTED:
         assert found.units["expert", "blocks.1.mlp.experts.1.hook_post"].shape == (2, 1, 1)
