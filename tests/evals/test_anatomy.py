@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import evals
+from evals.concept_residual import jaccard, residual
 from evals.similarity import linear_cka, neighbours_kept, principal
 from evals.weight_anatomy import anatomy, leak
-from excise.actions import Affine, LowRank
+from excise.actions import Affine, Dense, LowRank
 from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.facts import Fact, Facts, Prompt
@@ -143,3 +144,36 @@ def test_similarity_of_the_same_and_of_the_oracle(family: str) -> None:
     assert of(same, "cka erasure") == [0.0, 0.0]
     aimed = evals.similarity(oracle, FACTS, before=before, oracle=oracle)
     assert of(aimed, "cka erasure") == pytest.approx([1.0, 1.0]) and min(of(aimed, "move, layer 1")) > 0
+
+
+# value vectors
+
+
+def test_residual_by_hand() -> None:
+    head, v = torch.eye(6), torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    same = residual(v, v, head, [0, 5], 3)
+    assert same == {
+        "cosine": 1, "distance": 0, "jaccard": 1, "concept retention": 1, "related rate": 1, "logit change": 0,
+    }  # fmt: skip
+    assert residual(v, -v, head, [0], 3)["cosine"] == pytest.approx(-1.0)
+    assert residual(v, 0 * v, head, [0], 3)["cosine"] == 0.0
+    assert jaccard({1, 2, 3}, {2, 3, 4}) == 0.5
+    assert residual(v, v, head, [5], 3)["concept retention"] is None
+    shifted = residual(v, v.flip(0), head, [0, 1, 4, 5], 3)
+    assert shifted["concept retention"] == 1.0 and shifted["related rate"] == 0.0
+    assert shifted["logit change"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3-moe"])
+def test_value_vectors_before_and_after(family: str) -> None:
+    plain = model(family)
+    before = Arm("before", plain)
+    names = [n for i in range(3) for n in plain.names.weights(i) if n.endswith("W_out")]
+    off = Edit(tuple(Change(Site(n), Dense(-plain.weight(n).detach().clone())) for n in names))
+    same = evals.concept_residual(Arm("again", plain), FACTS, before=before)
+    for variant, value in (("cosine", 1.0), ("distance", 0.0), ("jaccard", 1.0), ("logit change", 0.0)):
+        assert of(same, variant) == [value] * 6, variant
+    gone = evals.concept_residual(Arm("off", plain, off), FACTS, before=before)
+    assert of(gone, "cosine") == [0.0] * 6 and of(gone, "distance") == pytest.approx([1.0] * 6)
+    (why,) = {s.reason for s in evals.concept_residual(Arm("h", plain, hook(plain)), FACTS, before=before)}
+    assert "hooks" in why
