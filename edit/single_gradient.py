@@ -20,7 +20,7 @@ from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
-from excise.gradients import block_matrices, mean_gradients, sweeps
+from excise.gradients import eligible_matrices, mean_gradients, sweeps
 from excise.model import Model
 from excise.registry import editor
 from excise.requests import thin
@@ -31,6 +31,7 @@ from excise.sites import Site
 FIRST = 0.1
 # Prompts of either kind that are asked after every step.
 ASKED = 64
+LOSSES = ("odds", "likelihood")
 
 
 @editor
@@ -63,10 +64,10 @@ def single_gradient(
     asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("gradients are compared: give forget and retain prompts that are not held out")
-    named = [s.point for s in where.sites if s.is_weight and s.layer is not None] if where is not None else []
-    layers = (where.layers() if where is not None else []) or range(model.n_layers)
+    if loss not in LOSSES:
+        raise ValueError(f"no loss {loss!r}; there are {', '.join(LOSSES)}")
     scores: dict[str, tuple[float, float]] = {}
-    for names in sweeps(model, list(dict.fromkeys(named)) or block_matrices(model, layers), at_once):
+    for names in sweeps(model, eligible_matrices(model, where), at_once):
         up, keep = (mean_gradients(model, prompts, names, odds=loss == "odds") for prompts in asked)
         for name in names:
             if name in up and float(up[name].norm()) > 0:
@@ -121,17 +122,17 @@ def _searched(
     gradient = mean_gradients(model, asked[0], [name], odds=odds)[name]
     questions = [thin(prompts, ASKED) for prompts in asked]
     known = [max(Arm("before", model).said(prompts), 1e-9) for prompts in questions]
-    seen: dict[float, list[float]] = {}
+    seen: dict[float, float] = {}
 
-    def edit(length: float) -> Edit:
-        return Edit((Change(Site(name), Dense((length * gradient).cpu())),))
+    def left(length: float, which: int) -> float:
+        edit = Edit((Change(Site(name), Dense((length * gradient).cpu())),))
+        return Arm("edited", model, edit).said(questions[which]) / known[which]
 
     def reached(length: float) -> bool:
-        arm = Arm("edited", model, edit(length))
-        seen[length] = [arm.said(q) / k for q, k in zip(questions, known, strict=True)]
-        return seen[length][0] <= aim
+        seen[length] = left(length, 0)
+        return seen[length] <= aim
 
     unit = float(model.weight(name).detach().float().norm() / gradient.norm())
     length, _ = shortest(reached, FIRST * unit, steps)
-    left, kept = seen[length]
-    return edit(length).changes[0], {"matrix": name, "step": length / unit, "forget": left, "retain": kept}
+    report = {"matrix": name, "step": length / unit, "forget": seen[length], "retain": left(length, 1)}
+    return Change(Site(name), Dense((length * gradient).cpu())), report

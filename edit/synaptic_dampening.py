@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from excise.actions import Sparse
+from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
-from excise.facts import Fact
-from excise.gradients import block_matrices, mean_gradients, sweeps
+from excise.facts import Fact, Prompt
+from excise.gradients import eligible_matrices, mean_gradients, sweeps
 from excise.model import Model
 from excise.registry import editor
 from excise.requests import thin
@@ -31,6 +32,12 @@ from excise.sites import Site
 
 # Share of a matrix's median retain importance that is added to each before it divides.
 FLOOR = 1e-3
+# Ratios tried, and forget prompts asked at each, when no ratio is given.
+LADDER = (100.0, 30.0, 10.0, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0)
+ASKED = 64
+LOSSES = ("odds", "likelihood")
+# Per matrix, the places and ratios of the weights that may be shrunk.
+Candidates = dict[str, tuple[Tensor, Tensor]]
 
 
 @editor
@@ -40,7 +47,8 @@ def synaptic_dampening(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    alpha: float = 10.0,
+    alpha: float = 0.0,
+    aim: float = 0.05,
     dampening: float = 1.0,
     loss: str = "odds",
     share: float = 0.0,
@@ -49,7 +57,9 @@ def synaptic_dampening(
 ) -> Edit:
     """An edit that shrinks the weights which matter more than `alpha` times as much for forget as for retain prompts.
 
-    alpha: ratio of Fisher information above which a weight is shrunk.
+    alpha: ratio of Fisher information above which a weight is shrunk; the published 10 often does next to nothing, so 0
+        takes the largest of a ladder down to 1 that reaches `aim`, and 1 where none does.
+    aim: share of the forget prompts answered before that may be answered still.
     dampening: such a weight is multiplied by dampening / ratio, never by more than 1.
     share: of each matrix's weights, those with the largest ratios, instead of `alpha`.
     loss: "odds" takes the log-odds of an answer, whose gradient does not vanish where the answer is certain; "likelihood"
@@ -61,59 +71,84 @@ def synaptic_dampening(
     An expert that no retain prompt reaches is left alone: nobody has seen what it does for others.
     Raises ExciseError when there is nothing to forget or to keep, and when no weight passes.
     """
+    if alpha < 0 or not 0 <= share <= 1 or loss not in LOSSES:
+        raise ValueError(
+            f"alpha={alpha}, share={share}, loss={loss!r}: a ratio is not negative, a share at most 1, losses are odds and likelihood"
+        )
     asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("importance is compared: give forget and retain prompts that are not held out")
-    changes: list[Change] = []
-    eligible = 0
-    for names in sweeps(model, eligible_matrices(model, where), at_once):
-        for_forget, for_retain = (
-            mean_gradients(model, prompts, names, square=True, odds=loss == "odds") for prompts in asked
-        )
+    eligible = eligible_matrices(model, where)
+    found: Candidates = {}
+    for names in sweeps(model, eligible, at_once):
+        both = [mean_gradients(model, prompts, names, square=True, odds=loss == "odds") for prompts in asked]
         for name in names:
-            eligible += model.weight(name).numel()
-            if name in for_forget and name in for_retain:
-                weight = model.weight(name).detach()
-                factor = factors(for_forget.pop(name), for_retain.pop(name), alpha, dampening, share)
-                changes += _shrunk(name, weight, factor.to(weight.device))
-    if not changes:
-        raise ExciseError(
-            f"no weight matters more than {alpha:g} times as much for the forget prompts; lower alpha, or give a share"
-        )
-    changes = sorted(changes, key=lambda change: str(change.site))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-    dampened = sum(len(c.action.indices) for c in changes if isinstance(c.action, Sparse))
-    recipe = {"model": model.name, "weights dampened": dampened, "weights eligible": eligible}
-    return Edit(tuple(changes), recipe, {"tokenizer": model.tokenizer_fingerprint, **prints})
-
-
-def factors(forget: Tensor, retain: Tensor, alpha: float, dampening: float = 1.0, share: float = 0.0) -> Tensor:
-    """What each weight is multiplied by, in [0, 1]: 1 where forget / retain importance does not exceed alpha.
-
-    share: instead of by alpha, this share of the weights with the largest ratios is chosen.
-    """
-    ratio = forget / (retain + FLOOR * retain.median()).clamp_min(torch.finfo(retain.dtype).tiny)
-    if share:
-        count = max(1, math.ceil(share * ratio.numel()))
-        chosen = torch.zeros(ratio.numel(), dtype=torch.bool, device=ratio.device)
-        chosen[ratio.flatten().topk(count).indices] = True
-        chosen = chosen.view_as(ratio) & (ratio > 0)
+            if all(name in importance for importance in both):
+                found[name] = _candidates(
+                    ratios(*(importance.pop(name) for importance in both)), alpha or LADDER[-1], share
+                )
+    found = dict(sorted(found.items()))
+    if alpha or share:
+        edit, tried = _shrunk(model, found, alpha, dampening), []
     else:
-        chosen = ratio > alpha
-    return torch.where(chosen, (dampening / ratio.clamp_min(1e-30)).clamp_max(1.0), 1.0)
+        edit, tried = _searched(model, found, thin(asked[0], ASKED), aim, dampening)
+    if not edit.changes:
+        raise ExciseError(
+            f"no weight matters more than {alpha or 1:g} times as much for the forget prompts; lower alpha, or give a share"
+        )
+    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in edit.changes}
+    recipe = {
+        "model": model.name,
+        "weights dampened": sum(len(c.action.indices) for c in edit.changes if isinstance(c.action, Sparse)),
+        "weights eligible": sum(model.weight(name).numel() for name in eligible),
+        "ratios tried": tried,
+    }
+    return Edit(edit.changes, recipe, {"tokenizer": model.tokenizer_fingerprint, **prints})
 
 
-def eligible_matrices(model: Model, where: Localization | None) -> list[str]:
-    """The matrices that a localization allows: those it names, else those of its blocks; without it, of all blocks."""
-    if where is None or not where.sites:
-        return block_matrices(model, range(model.n_layers))
-    named = list(dict.fromkeys(s.point for s in where.sites if s.is_weight and s.layer is not None))
-    return named or block_matrices(model, where.layers())
+def ratios(forget: Tensor, retain: Tensor) -> Tensor:
+    """How many times as much each weight matters for forget as for retain prompts; 0 where it matters for neither."""
+    return forget / (retain + FLOOR * retain.median()).clamp_min(torch.finfo(retain.dtype).tiny)
 
 
-def _shrunk(name: str, weight: Tensor, factor: Tensor) -> list[Change]:
-    places = (factor < 1).flatten().nonzero()[:, 0]
-    if not len(places):
-        return []
-    values = (weight.float() * (factor - 1)).flatten()[places]
-    return [Change(Site(name), Sparse(places.cpu(), values.cpu()))]
+def factors(ratio: Tensor, alpha: float, dampening: float = 1.0) -> Tensor:
+    """What each weight is multiplied by, in [0, 1]: dampening / ratio, and 1 where the ratio does not exceed alpha."""
+    return torch.where(ratio > alpha, (dampening / ratio.clamp_min(1e-30)).clamp_max(1.0), 1.0)
+
+
+def _candidates(ratio: Tensor, alpha: float, share: float) -> tuple[Tensor, Tensor]:
+    """Places and ratios [n] of the weights that may be shrunk: above `alpha`, or the `share` with the largest ratios."""
+    flat = ratio.flatten()
+    if share:
+        places = flat.topk(math.ceil(share * len(flat))).indices.sort().values
+        places = places[flat[places] > 0]
+    else:
+        places = (flat > alpha).nonzero()[:, 0]
+    return places.cpu(), flat[places].cpu()
+
+
+def _searched(
+    model: Model, found: Candidates, questions: Sequence[Prompt], aim: float, dampening: float
+) -> tuple[Edit, list[dict[str, float]]]:
+    """The edit of the largest ratio on the ladder that reaches `aim`, and what each ratio leaves of the forget answers."""
+    known, edit = max(Arm("before", model).said(questions), 1e-9), Edit(())
+    tried: list[dict[str, float]] = []
+    for alpha in LADDER:
+        edit = _shrunk(model, found, alpha, dampening)
+        tried.append({"alpha": alpha, "answered": Arm("edited", model, edit).said(questions) / known})
+        if edit.changes and tried[-1]["answered"] <= aim:
+            break
+    return edit, tried
+
+
+def _shrunk(model: Model, found: Candidates, alpha: float, dampening: float) -> Edit:
+    """The candidates whose ratio exceeds `alpha`, shrunk."""
+    changes = []
+    for name, (places, ratio) in found.items():
+        factor = factors(ratio, alpha, dampening)
+        chosen = factor < 1
+        if chosen.any():
+            flat = model.weight(name).detach().flatten()
+            weight = flat[places[chosen].to(flat.device)].float().cpu()
+            changes.append(Change(Site(name), Sparse(places[chosen], weight * (factor[chosen] - 1))))
+    return Edit(tuple(changes))
