@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dictionaries import axes
 
 import evals
 from evals.concept_residual import jaccard, residual
+from evals.sae_residual import residual_share
 from evals.similarity import linear_cka, neighbours_kept, principal
 from evals.weight_anatomy import anatomy, leak
 from excise.actions import Affine, Dense, LowRank
@@ -177,3 +179,32 @@ def test_value_vectors_before_and_after(family: str) -> None:
     assert of(gone, "cosine") == [0.0] * 6 and of(gone, "distance") == pytest.approx([1.0] * 6)
     (why,) = {s.reason for s in evals.concept_residual(Arm("h", plain, hook(plain)), FACTS, before=before)}
     assert "hooks" in why
+
+
+# dictionaries
+
+
+def test_residual_share_by_hand() -> None:
+    """Identity dictionary, activations (2, 0) and (0, 3), unit 0 zeroed afterwards."""
+    old, new = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[0.0, 0.0], [0.0, 3.0]])
+    of_one, of_both = (residual_share(old[:, f].sum()[None], new[:, f].sum()[None]) for f in ([0], [0, 1]))
+    assert of_one.tolist() == [0.0] and of_both.tolist() == pytest.approx([3 / 5])
+    assert residual_share(torch.zeros(1), torch.ones(1)).isnan().all()
+
+
+def test_features_before_and_after_a_clamp() -> None:
+    plain, book = model(), axes(hook="blocks.1.hook_resid_post")
+    before = Arm("before", plain)
+    options = {"before": before, "dictionary": book, "most": 1.1}
+    same = evals.sae_residual(Arm("again", plain), FACTS, **options)
+    for variant, value in (("activity", 1.0), ("firing", 1.0), ("attribution", 1.0), ("newcomers", 0.0)):
+        assert of(same, variant) == [value] * 6, variant
+    assert of(same, "unexplained", "forget") == pytest.approx([0.0] * 6, abs=1e-6)
+    assert of(same, "reconstruction alone") == pytest.approx([0.0] * 6, abs=1e-4)
+    assert max(map(abs, of(same, "error alone"))) > 0.01
+    silent = Edit((Change(Site(book.hook), book.clamp(list(range(book.n)), 0.0)),))
+    gone = evals.sae_residual(Arm("clamped", plain, silent), FACTS, **options)
+    assert of(gone, "activity") == pytest.approx([0.0] * 6, abs=1e-5)
+    assert {s.detail for s in gone if s.variant == "activity"} == {"clamped here: what the edit set"}
+    (why,) = {s.reason for s in evals.sae_residual(Arm("o", model(seed=1)), FACTS, **options)}
+    assert "trained apart" in why

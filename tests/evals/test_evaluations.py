@@ -24,8 +24,20 @@ from tiny import tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
 torch.set_num_threads(1)
-# Evaluations that have nothing to measure on an unedited random model: it knows no fact, and there is no oracle.
-NEEDS_MORE = {"form_spread", "head_projection", "unlearning_depth", "linear_recovery", "patching_recovery"}
+# Evaluations that have nothing to measure on an unedited random model: it knows no fact, there is no oracle, no task is
+# named, or its context of 64 tokens is too short for the prompts.
+NEEDS_MORE = {
+    "form_spread",
+    "head_projection",
+    "linear_recovery",
+    "lm_eval",
+    "multiple_choice",
+    "patching_recovery",
+    "sae_residual",
+    "subtoken",
+    "unlearning_depth",
+    "verbatim",
+}
 
 
 def arm(family: str = "llama", name: str = "before", seed: int = 0) -> Arm:
