@@ -32,10 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from excise.blocks import HOOKS, capture
+from excise.corruption import prepare, runs_of
 from excise.grid import restoration_grid
 from excise.model import DTYPES, Model, load
 from excise.restore import Plan, Runs, noisy_embedding, restored
-from localize.corruption import prepare, runs_of
 from localize.node_effects import attributions
 
 _LLAMA = (

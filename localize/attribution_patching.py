@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from excise.corruption import Case, Corruption, batches, prepare, runs_of
 from excise.facts import Fact, Facts
 from excise.model import Model
 from excise.progress import bar
@@ -22,7 +23,6 @@ from excise.restore import HOOKS, METRICS, Plan
 from excise.scores import Localization, TraceMap
 from excise.sites import Site, position_mask
 from localize.causal_trace import Metric, assemble, trace_map
-from localize.corruption import Case, Corruption, batches, prepare, runs_of
 from localize.node_effects import UNITS, Nodes, attributions
 from sae.own import of_model
 

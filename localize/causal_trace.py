@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from excise.corruption import Case, Corruption, Prepared, batches, prepare, runs_of
 from excise.facts import Fact, Facts
 from excise.grid import BATCH_TOKENS, restoration_grid
 from excise.model import Model
@@ -23,7 +24,6 @@ from excise.registry import localizer
 from excise.restore import HOOKS, METRICS, Grid, Plan, Runs, Sever
 from excise.scores import Localization, TraceMap
 from excise.sites import POSITION_CLASSES, Site, position_class, position_mask
-from localize.corruption import Case, Corruption, Prepared, batches, prepare, runs_of
 
 Metric = Literal["logit_diff", "probability", "logprob"]
 # Below this share of the larger end, high - low is rounding and no scale to measure effects on.

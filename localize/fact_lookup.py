@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from excise.corruption import Case, Corruption, batches, prepare, runs_of
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts
 from excise.keys import write_matrices
@@ -25,7 +26,6 @@ from excise.progress import bar
 from excise.registry import localizer
 from excise.scores import Localization
 from excise.sites import Site, position_mask
-from localize.corruption import Case, Corruption, batches, prepare, runs_of
 from localize.direct_logit import refuse_heads
 from localize.knowledge_neurons import line_points
 from localize.lookup_probe import Probed, probed

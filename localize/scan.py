@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from excise.corruption import Case, Corruption, batches, prepare, runs_of
 from excise.facts import Fact, Facts
 from excise.lens import readout
 from excise.model import Model
@@ -26,7 +27,6 @@ from excise.sites import Site, position_mask
 from excise.statistics import bootstrap_mean
 from excise.units import restored_unit
 from localize.causal_trace import SMALLEST_EFFECT
-from localize.corruption import Case, Corruption, batches, prepare, runs_of
 from localize.direct_logit import head_parts, neuron_parts
 from localize.logit_lens import gains, levels
 from localize.node_effects import Attribution, Nodes, attributions, has_experts

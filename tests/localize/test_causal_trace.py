@@ -9,6 +9,7 @@ import pytest
 import torch
 from planted import CARRIER, LAYERS, SUBJECTS, carrier_model, facts_about
 
+from excise.corruption import embedding_std, prepare, runs_of
 from excise.encoding import encode_row
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
@@ -16,7 +17,6 @@ from excise.scores import Localization
 from excise.sites import POSITION_CLASSES, Site
 from localize import causal_trace
 from localize.causal_trace import class_means, indirect_effects, normalised_effects
-from localize.corruption import embedding_std, prepare, runs_of
 from tiny import tiny_model
 
 
