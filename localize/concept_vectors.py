@@ -101,8 +101,8 @@ def concept_vectors(
 ) -> Localization:
     """How much each value vector spells each fact's concept, its answer unless `words` are given; sites are rows of W_out.
 
-    words: standard deviations, within its block, of the vector's projection on the concept's direction (either sign where
-    a gate multiplies the neuron). functional: what the neuron writes along that direction at the prompt's tokens, on
+    The search words counts standard deviations, within its block, of the vector's projection on the concept's direction
+    (either sign where a gate multiplies the neuron). functional: what the neuron writes along that direction at the prompt's tokens, on
     average, less what it writes on facts to keep. open: every vector is projected to the vocabulary, and the score is -log10 of
     the chance of having so many of the concept's tokens among its best; the recipe lists the most coherent vectors.
     search: words, functional or open.

@@ -103,6 +103,9 @@ def test_every_localizer_and_editor_has_a_written_page(kind: Kind) -> None:
 def test_every_option_says_what_it_does() -> None:
     silent = [f"{e.name}: {o.name}" for _, e in METHODS for o in e.options if not o.help]
     assert not silent
+    twice = [f"{e.name}: {o.name}" for _, e in METHODS for o in e.options
+             if len(re.findall(rf"^\s*{o.name}: ", e.doc, re.MULTILINE)) > 1]  # fmt: skip
+    assert not twice
 
 
 @pytest.mark.parametrize("package", PACKAGES)
