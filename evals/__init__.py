@@ -16,6 +16,7 @@ from evals.jailbreak import jailbreak
 from evals.lens import lens
 from evals.lens_erasure import lens_erasure
 from evals.linear_recovery import linear_recovery
+from evals.lm_eval import lm_eval
 from evals.memorisation import memorisation
 from evals.multiple_choice import multiple_choice
 from evals.offered_choice import offered_choice
@@ -58,6 +59,7 @@ __all__ = [
     "lens",
     "lens_erasure",
     "linear_recovery",
+    "lm_eval",
     "memorisation",
     "multiple_choice",
     "offered_choice",

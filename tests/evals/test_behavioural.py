@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
 import math
+import sys
 import zlib
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +24,15 @@ from evals.coverage import entities, entity_coverage
 from evals.erasure import erased, kept
 from evals.fluency import brunet, honore, ngram_entropy, repetition
 from evals.forced_choice import choice
+from evals.lm_eval import scores_of
 from evals.memorisation import exact_memorisation, extraction_strength, reciprocal_rank
+from evals.multiple_choice import Question, entropy, wins
 from evals.privacy import Read, membership, min_k, standardised, twins
 from evals.privacy import reads as privacy_reads
 from evals.rouge import PRESETS, rouge_of
 from evals.sampling import Item
 from evals.truth_ratio import closer_to_1, knowledge, log_ratio, true_better
+from evals.verbatim import _in_context as in_context
 from evals.words import cut, own_words
 from excise.arms import Arm
 from excise.facts import Fact, Facts, Prompt
@@ -43,7 +53,7 @@ def arms(kind: str = "dense") -> tuple[Arm, Arm, Arm]:
 
 @functools.cache
 def people(kind: str = "dense") -> Facts:
-    return world_facts(kind, seed=SEED, people=6, retain=6, neighbours=6, unknown=12, general=2)
+    return world_facts(kind, seed=SEED, people=6, retain=5, neighbours=4, unknown=12, general=1)
 
 
 @functools.cache
@@ -232,6 +242,113 @@ def test_twins_tell_the_same_of_somebody_unknown() -> None:
     assert {s.group for s in given} == {"forget", "unknown"} and all(s.value is not None for s in given)
 
 
+def test_wins_and_entropy_by_hand() -> None:
+    values = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 2.0, 1.0]])
+    assert wins(values, [0, 3, 1]).tolist() == [1.0, 0.25, 0.5] and wins(values, [1, 0, 3]).tolist() == [0.0, 0.25, 0.0]
+    assert entropy(np.full((3, 4), 0.25)) == 2.0 and entropy(np.array([[1.0, 0.0]])) == 0.0
+
+
+def test_options_are_shown_in_every_cyclic_order() -> None:
+    fact = Fact("a", "Ann", "Rome", (Prompt("Where does Ann live?", "Rome", "Ann", "question"),))
+    asked = Question(Item(fact, fact.prompt), ("Rome", "Oslo", "Paris"), "Choose.", 0)
+    assert sorted(o.index("Rome") for o in asked.orders) == [0, 1, 2] and len(set(asked.orders)) == 3
+    lines = asked.shown(("Oslo", "Rome", "Paris")).text.split("\n")
+    assert lines == ["Choose.", "", "Where does Ann live?", "A. Oslo", "B. Rome", "C. Paris", "Answer:"]
+    assert "Ann" not in asked.shown(asked.orders[0], question=False).text
+    assert [p.answer for p in asked.letters(asked.orders[0])] == ["A", "B", "C"]
+
+
+def test_a_model_without_preference_is_at_chance_exactly() -> None:
+    model = Model(*tiny_model("llama"))
+    with torch.no_grad():
+        model.hf.lm_head.weight.zero_()
+    prompt = Prompt("Who?", "a", "", "question")
+    fact = Fact("a", "", "a", (prompt,), foils=("b", "c", "d"))
+    arm = Arm("before", model)
+    found = {s.variant: s.value for s in evals.multiple_choice(arm, [fact], header="", groups=("forget",))}
+    for name in ("letter", "text", "p(letter)", "letter, no question", "text, no question"):
+        assert found[name] == pytest.approx(0.25), name
+    assert found["letter entropy"] == pytest.approx(2.0) and found["letter, every order"] == 0.0
+    assert found["one letter"] == 1.0
+
+
+def test_subtoken_answers_are_one_character_a_line() -> None:
+    asked = Arm("before", Model(*tiny_model("llama")))
+    fact = Fact("a", "Ann", "a b", (Prompt("Who?", "a b", "", "question"),))
+    scores = {s.variant: s.value for s in evals.subtoken(asked, [fact], instruction="Spell.", example="")}
+    spelled = Prompt("Spell.\nQuestion: Who?\nAnswer:\n", "a\nb")
+    (answer,) = asked.answers([spelled])
+    assert scores["probability"] == pytest.approx(answer.probability)
+    assert scores["first character"] == pytest.approx(asked.answers([replace(spelled, answer="a")])[0].probability)
+
+
+def test_questions_in_context_show_neither_answer_nor_subject() -> None:
+    asked = [f for f in people() if f.ask("question")]
+    for fact in [f for f in asked if f.group == "forget"][:6]:
+        prompt = in_context(Item(fact, fact.ask("question")[0]), asked, 3, 0)
+        shown, last = prompt.text.rsplit("Question:", 1)
+        assert shown.count("Answer:") == 3 and fact.answer not in shown and fact.subject not in shown
+        assert fact.subject in last and last.endswith("Answer:")
+
+
+def test_lm_eval_documents_become_scores() -> None:
+    document = {"doc_id": 3, "metrics": ["acc", "perplexity"], "acc": 1.0, "perplexity": (2.0, 1), "filter": "none"}
+    loose = {"doc_id": 0, "metrics": ["exact_match"], "exact_match": False, "filter": "flexible"}
+    first, second = scores_of({"samples": {"mine": [document], "other": [loose]}})
+    assert (first.fact, first.group, first.form, first.variant, first.value) == (
+        "mine/3",
+        "general",
+        "mine",
+        "acc",
+        1.0,
+    )
+    assert (second.variant, second.value) == ("exact_match, flexible", 0.0)
+
+
+def test_lm_eval_is_run_under_the_edit_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Arm("before", Model(*tiny_model("llama")))
+    assert "tasks" in evals.lm_eval(asked, [])[0].reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (score,) = evals.lm_eval(asked, [], tasks=("mmlu",))
+    assert score.value is None and "pip install lm-eval" in score.reason
+    monkeypatch.undo()
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        assert given["model"].hf is asked.model.hf and (given["tasks"], given["limit"]) == (["mine"], 5)
+        return {"samples": {"mine": [{"doc_id": 0, "metrics": ["acc"], "acc": 1.0}]}}
+
+    fakes: dict[str, dict[str, Any]] = {
+        "lm_eval": {"simple_evaluate": simple_evaluate, "__spec__": ModuleSpec("lm_eval", None)},
+        "lm_eval.models": {},
+        "lm_eval.models.huggingface": {"HFLM": lambda pretrained, **_: SimpleNamespace(hf=pretrained)},
+        "lm_eval.tasks": {"TaskManager": lambda include_path: None},
+    }
+    for name, contents in fakes.items():
+        module = ModuleType(name)
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert [s.value for s in evals.lm_eval(asked, [], tasks=("mine",), limit=5)] == [1.0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+def test_lm_eval_itself_scores_a_task_of_ones_own(tmp_path: Path) -> None:
+    before, _, oracle = arms()
+    forget = [f for f in people().group("forget") if f.ask("question") and len(f.foils) > 2][:12]
+    rows = [{"q": f.prompt.text, "options": [f.answer, *f.foils[:3]], "gold": 0} for f in forget]
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "docs.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{options}}",
+        "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    rates = [
+        np.mean([s.value for s in evals.lm_eval(a, [], tasks=("mine",), task_folder=str(tmp_path))])
+        for a in (before, oracle)
+    ]
+    assert rates[0] > 0.95 and rates[1] < 0.6
+
+
 def _fact(name: str, answer: str, group: str = "retain", **keys: object) -> Fact:
     back = Prompt(f"Who lives in {answer}?", name, answer, form="reversed")
     return Fact(
@@ -267,14 +384,14 @@ class TestThePlantedTruth:
     """The oracle never met the people to forget. Margins hold for both, on people nothing was tuned on."""
 
     def test_truth_ratio(self) -> None:
-        orders("truth_ratio", "knowledge", (0.98, 1), (0.2, 0.6), limit=12)
-        orders("truth_ratio", "closer to 1", (0, 0.02), (0.2, 0.7), limit=12)
-        scores = measured("truth_ratio", limit=12)["oracle"]
+        orders("truth_ratio", "knowledge", (0.98, 1), (0.2, 0.6), limit=8)
+        orders("truth_ratio", "closer to 1", (0, 0.02), (0.2, 0.7), limit=8)
+        scores = measured("truth_ratio", limit=8)["oracle"]
         assert mean(scores, "true better", "retain", "neighbour") > 0.98
 
     def test_forced_choice(self) -> None:
-        orders("forced_choice", "right", (0.98, 1), (0, 0.25), limit=6)
-        orders("forced_choice", "margin", (2, 20), (-9, -1), limit=6)
+        orders("forced_choice", "right", (0.98, 1), (0, 0.25), limit=5)
+        orders("forced_choice", "margin", (2, 20), (-9, -1), limit=5)
 
     def test_rouge(self) -> None:
         orders("rouge", "rougeL recall", (0.98, 1), (0, 0.1), limit=8)
@@ -289,7 +406,7 @@ class TestThePlantedTruth:
         orders("fluency", "empty", (0, 0), (0, 0), limit=6)
 
     def test_privacy_and_the_numbers_made_of_many_scores(self) -> None:
-        names = {"privacy": {}, "truth_ratio": {"limit": 12}, "rouge": {"limit": 8}, "memorisation": {"limit": 8}}
+        names = {"privacy": {}, "truth_ratio": {"limit": 8}, "rouge": {"limit": 8}, "memorisation": {"limit": 8}}
         names |= {"fluency": {"limit": 6}, "erasure": {"limit": 8}, "probability": {"limit": 8}}
         found = {(a, n): tuple(s) for n, keys in names.items() for a, s in measured(n, **keys).items()}
         rows = {(r.arm, r.evaluation, r.variant): r for r in Results(found).summary() if r.group in ("", "forget")}
@@ -312,6 +429,23 @@ class TestThePlantedTruth:
         assert scores[0] < 0.05 and scores[1] > 0.8
         erased = [rows[a, "erasure_target", ""].value for a in ("before", "oracle")]
         assert erased[0] == 0.0 and erased[1] > 0.9
+
+    def test_multiple_choice(self) -> None:
+        orders("multiple_choice", "text", (0.98, 1), (0, 0.35), limit=3, groups=("forget",))
+
+    def test_verbatim(self) -> None:
+        orders("verbatim", "question", (0.7, 1), (0, 0.2), limit=6, shots=0, groups=("forget",))
+
+    def test_a_passage_is_continued_by_whoever_wrote_it(self) -> None:
+        before, _, oracle = arms()
+        names = people().group("forget").subjects
+        told = before.model.generate_all(names, max_new_tokens=24)
+        passages = tuple(f"{name} {rest}" for name, rest in zip(names, told, strict=True))
+        own, other = (
+            np.mean([s.value for s in evals.verbatim(a, [], passages=passages, given=0.6) if s.variant == "passage"])
+            for a in (before, oracle)
+        )
+        assert own > 0.9 and other < 0.7
 
     def test_memorisation(self) -> None:
         orders("memorisation", "extraction strength", (0.98, 1), (0, 0.25), limit=8)
