@@ -13,6 +13,8 @@ from excise.statistics import Interval, bootstrap_difference, wilson
 
 # A variant of this name is a fact's worst case over an attack's variants.
 ANY = "any"
+# How the best point of an attack that is followed over its steps is called.
+BEST = "best"
 # Share of the attacks named as working that may be named so by chance.
 RATE = 0.05
 # An attack that a guess can meet shows nothing where there is no model that never knew to guess too.
@@ -62,7 +64,9 @@ def _variants(results: Results, arm: str, name: str) -> list[str]:
     """The worst case where there is one; else every variant that has a value per fact."""
     scores = results.scores.get((arm, name), ())
     variants = dict.fromkeys(s.variant for s in scores if s.value is not None and s.fact and s.group == "forget")
-    return [ANY] if ANY in variants else list(variants)
+    # Of a curve over steps its best point counts, as for the oracle; the others would be the same attack again.
+    best = [v for v in variants if v.endswith(BEST)]
+    return [ANY] if ANY in variants else best or list(variants)
 
 
 def _drawn(results: Results, who: Mapping[str, str], name: str, variant: str) -> tuple[Interval, float] | None:
@@ -73,5 +77,5 @@ def _drawn(results: Results, who: Mapping[str, str], name: str, variant: str) ->
     never = found.before if "oracle" in who else [0.0] * len(found.after)
     change = bootstrap_difference(found.after, never, found.clusters)
     if change.low == change.high:
-        change = Interval(change.value, change.value, change.value + wilson(0, len(found.after)).high)
+        change = Interval(change.value, change.value, min(1.0, change.value + wilson(0, len(found.after)).high))
     return change, sign_flip([a - b for a, b in zip(found.after, never, strict=True)], found.clusters, greater=True)

@@ -138,3 +138,15 @@ def test_the_report_tells_fates_and_counts_what_was_kept(tmp_path):
     page = write_report(tmp_path, results=attacked(0.5, 0.0)).read_text()
     assert "What became of each fact" in page and "suppressed (recoverable)" in page
     assert "Of 2 facts to keep: 1 collateral damage, 1 kept." in page
+
+
+def test_of_a_curve_over_steps_its_best_point_counts():
+    scores = dict(attacked(0.5, 0.0).scores)
+    for arm, share in (("edited", 0.5), ("oracle", 0.0)):
+        curve = {
+            name: attack({f"f{i}": float(i < share * 40) for i in range(40)}, name)
+            for name in ("step 1", "step 5", "best")
+        }
+        scores[arm, "relearning"] = tuple(s for part in curve.values() for s in part)
+    found = beside.attacks(Results(scores), WHO)
+    assert [(a.name, a.variant) for a in found] == [("few_shot", ""), ("relearning", "best")]
