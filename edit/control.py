@@ -36,7 +36,11 @@ def _twin(change: Change, generator: torch.Generator) -> Any:
         case Sparse(indices=indices, values=values):
             order = torch.randperm(len(values), generator=generator)
             return Sparse(_other_places(indices, generator), values[order])
-        case (Scale(units=units) | Reflect(units=units)) as action:
+        case Reflect(units=units) as action:
+            return replace(
+                action, units=_other_units(units, generator)[torch.randperm(len(units), generator=generator)]
+            )
+        case Scale(units=units) as action:
             return replace(action, units=_other_units(units, generator))
         case Affine(left=left, right=right, centre=centre, shift=shift):
             return Affine(_like(left, generator), _like(right, generator), centre, _like(shift, generator))
