@@ -6,6 +6,7 @@ from evals.concept_residual import concept_residual
 from evals.coverage import coverage
 from evals.drift import drift
 from evals.erasure import erasure
+from evals.expert_rollback import expert_rollback
 from evals.few_shot import few_shot
 from evals.fluency import fluency
 from evals.forced_choice import forced_choice
@@ -29,9 +30,11 @@ from evals.probe import probe
 from evals.recall import recall
 from evals.refusal import refusal
 from evals.refusal_suppression import refusal_suppression
+from evals.relocalized import relocalized
 from evals.rephrasing import rephrasing
 from evals.reversed_question import reversed_question
 from evals.rouge import rouge
+from evals.router_shift import router_shift
 from evals.sae_residual import sae_residual
 from evals.sampling_leak import sampling_leak
 from evals.similarity import similarity
@@ -49,6 +52,7 @@ __all__ = [
     "coverage",
     "drift",
     "erasure",
+    "expert_rollback",
     "few_shot",
     "fluency",
     "forced_choice",
@@ -72,9 +76,11 @@ __all__ = [
     "recall",
     "refusal",
     "refusal_suppression",
+    "relocalized",
     "rephrasing",
     "reversed_question",
     "rouge",
+    "router_shift",
     "sae_residual",
     "sampling_leak",
     "similarity",

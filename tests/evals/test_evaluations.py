@@ -37,6 +37,9 @@ NEEDS_MORE = {
     "subtoken",
     "unlearning_depth",
     "verbatim",
+    "relocalized",
+    "router_shift",
+    "expert_rollback",
 }
 
 
