@@ -26,11 +26,12 @@ from sae.detect import members, quorum_gate, share_gate
 from sae.dictionary import Dictionary
 from sae.match import check
 from sae.own import features_in, of_model
-from sae.reading import Text
+from sae.reading import Text, after
 from sae.select import ranked, shared_out
 from sae.statistics import FeatureStats, grouped, statistics
 
 ACTIONS = ("clamp", "ablate", "scale")
+MASKS = ("all", "token", "feature")
 GATES = ("quorum", "share", "none")
 
 
@@ -47,7 +48,7 @@ def sae_clamp(
     most: float = 0.01,
     action: Literal["clamp", "ablate", "scale"] = "clamp",
     value: float = 5.0,
-    mask: Literal["token", "feature"] = "token",
+    mask: Literal["all", "token", "feature"] = "all",
     gate: Literal["quorum", "share", "none"] = "quorum",
     fpr: float = 0.01,
     window: int = 16,
@@ -63,7 +64,8 @@ def sae_clamp(
     most: share of retain tokens on which a chosen feature may fire at most.
     action: clamp to a negative value, ablate (to zero), or scale.
     value: clamp: minus so many times the feature's mean activation on the forget text; scale: the factor.
-    mask: feature changes those that fire, token all of them wherever one fires.
+    mask: feature changes those that fire, token all of them wherever one fires, all does so on every token from where the
+        gate has opened (without a gate: as token).
     gate: quorum: act once enough of one subject's features have fired; share: once enough tokens have; none: always.
     fpr: share of retain texts on which the gate may open.
     window: tokens over which the gate counts; 0 for the sequence so far.
@@ -94,7 +96,7 @@ def sae_clamp(
             "raise most, or take another layer's dictionary"
         )
     total = _sum(by_subject)
-    act = _action(book, chosen, total, action, value, mask)
+    act = _action(book, chosen, total, action, value, "token" if (gate, mask) == ("none", "all") else mask)
     opened, report = _gate(model, book, gate, chosen, asked, owner, halves, fpr=fpr, window=window)
     recipe = {
         "model": model.name,
@@ -125,15 +127,22 @@ def _gate(
         return None, {}
     if kind == "share":
         return share_gate(model, book, chosen, asked, halves[1], **options)
-    known = members(model, book, asked, owner, halves[0])
+    # A name in the middle of other text fires its features more weakly: read so, too, on both sides.
+    seen, passing = (_twice(model, half, half) for half in halves)
+    known = members(model, book, _twice(model, asked, halves[0]), [*owner, *owner], seen)
     unknown = sorted(set(owner) - set(known.group))
     if len(unknown) == max(owner) + 1:
         raise ExciseError(
             f"no feature of {book.name} fires on most prompts of a subject to be forgotten and rarely elsewhere: take "
             "gate=share or none, or another layer's dictionary"
         )
-    gate, report = quorum_gate(model, book, known, asked, halves[1], **options)
+    gate, report = quorum_gate(model, book, known, asked, passing, **options)
     return gate, report | {"features": known.features, "group": known.group, "subjects without features": len(unknown)}
+
+
+def _twice(model: Model, texts: Sequence[Text], fillers: Sequence[Text]) -> list[Text]:
+    """The texts, alone and after others."""
+    return [*texts, *after(model, texts, fillers[::-1])]
 
 
 def _halves(retain: Facts, texts: Sequence[str]) -> tuple[list[Text], list[Text]]:
@@ -177,7 +186,7 @@ def _sum(parts: Sequence[FeatureStats]) -> FeatureStats:
 
 
 def _options(action: str, mask: str, gate: str) -> None:
-    given = {"action": (action, ACTIONS), "mask": (mask, ("token", "feature")), "gate": (gate, GATES)}
+    given = {"action": (action, ACTIONS), "mask": (mask, MASKS), "gate": (gate, GATES)}
     for name, (word, words) in given.items():
         if word not in words:
             raise ValueError(f"{name} {word!r}: choose {', '.join(words)}")

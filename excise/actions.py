@@ -209,8 +209,9 @@ class Clamp(ActivationAction):
 
     a = relu(x @ encoder + bias), kept where it exceeds `threshold` (JumpReLU; zeros give ReLU). encoder: [d, n],
     bias, threshold, value: [n], decoder: [n, d]. mode "clamp" sets a' = value, "scale" a' = value * a.
-    mask "feature" changes the features that fire, "token" changes all of them on every token where one fires.
-    A token where nothing fires keeps its bits (spec: SAE clamping, arXiv 2410.19278; delta form).
+    mask "feature" changes the features that fire, "token" changes all of them on every token where one fires; a token
+    where nothing fires keeps its bits (spec: SAE clamping, arXiv 2410.19278; delta form). "all" changes all of them on
+    every token, which is for a change behind a gate.
     k, picked: where features compete (TopK), encoder, bias and threshold hold every feature of the dictionary, the k
     largest of a token are kept, and `picked` [n] says which ones are chosen. norm: see `excise.features.scaling`.
     """
@@ -237,6 +238,8 @@ class Clamp(ActivationAction):
         a = read_features(self, z)
         fires = a > 0
         hot = fires.any(-1, keepdim=True)
+        if self.mask == "all":
+            hot = torch.ones_like(hot)
         if not hot.any():
             return x
         value = self.value.to(x.device).float()

@@ -20,9 +20,10 @@ from excise.model import Model
 from sae.dictionary import Dictionary
 from sae.reading import Text, readings
 
-# A member fires on OFTEN of its subject's prompts. Its level is BELOW times the peak that all but WEAK of them reach: names
-# that look alike fire the same features, but not as strongly.
-OFTEN, WEAK, BELOW = 0.9, 0.05, 0.7
+# A member fires on OFTEN of its subject's prompts, which are also read after other texts. Its level is BELOW times the peak
+# that all but WEAK of them reach: names that look alike fire the same features, but not as strongly. The threshold moves a
+# THIRD of the way from texts to prompts, because subjects that nobody listed come closer to it than those that were.
+OFTEN, WEAK, BELOW, THIRD = 0.8, 0.05, 0.7, 1 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def members(
     owner: Sequence[int],
     others: Sequence[Text],
     *,
-    size: int = 8,
+    size: int = 12,
 ) -> Members:
     """For each subject at most `size` features: those that fire on its prompts and on the smallest share of other texts.
 
@@ -79,14 +80,13 @@ def quorum_gate(
 ) -> tuple[Quorum, dict[str, Any]]:
     """The gate that opens once enough of one subject's features have fired, and what was measured.
 
-    Its threshold is that of `quantile_above` on `texts`, or, where that is higher, halfway from what texts reach to what
-    all but 1 in 20 of `prompts` reach: subjects that nobody listed are closer to the threshold than those who were.
+    Its threshold is that of `quantile_above` on `texts`, moved a third of the way to what all but 1 in 20 of `prompts` reach.
     """
     gate = dictionary.quorum(known.features, known.group, known.level, 0.0, window=window, sticky=True)
     wanted = reached(model, dictionary, gate, prompts, answers=False)
     passing = reached(model, dictionary, gate, texts)
     bound = quantile_above(passing, fpr)
-    gate = replace(gate, share=max(bound, (bound + float(_quantile(wanted, WEAK))) / 2))
+    gate = replace(gate, share=bound + THIRD * max(0.0, float(_quantile(wanted, WEAK)) - bound))
     return gate, _report(gate, passing, wanted, fpr)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,35 @@ def content(model: Model, batch: Batch, *, specials: bool = False) -> Tensor:
     left_out = {model.tokenizer.bos_token_id} if specials else set(model.tokenizer.all_special_ids)
     unwanted = torch.tensor(sorted(i for i in left_out if i is not None), dtype=torch.long, device=batch.ids.device)
     return counts & ~torch.isin(batch.ids, unwanted)
+
+
+def after(model: Model, texts: Sequence[Text], fillers: Sequence[Text]) -> list[Text]:
+    """Each text once more, after one or two of `fillers` in turn: what it looks like in the middle of something else.
+
+    Prompts stand as fillers with their answers. Special tokens in a filler stay, except inside a chat prompt's turn.
+    """
+    said = [f if isinstance(f, str) else f"{f.text} {f.answer}." for f in fillers]
+    found: list[Text] = []
+    for i, text in enumerate(texts):
+        parts = [said[(i + j) % len(said)] for j in range(1 + i % 2)]
+        chat = isinstance(text, Prompt) and text.chat
+        before = "".join(_joined(model, _without_bos(model, p), plain=chat) for p in parts)
+        if isinstance(text, Prompt):
+            found.append(replace(text, text=before + text.text))
+        else:
+            found.append(before + str(_without_bos(model, text)))
+    return found
+
+
+def _joined(model: Model, filler: Text, *, plain: bool) -> str:
+    """The filler with a space after it; none after a special token, which ends a text by itself."""
+    words = str(filler)
+    specials = tuple(model.tokenizer.all_special_tokens)
+    if plain:
+        for special in specials:
+            words = words.replace(special, " ")
+        return " ".join(words.split()) + " "
+    return words if words.endswith(specials) else words + " "
 
 
 def _without_bos(model: Model, text: Text) -> Text:
