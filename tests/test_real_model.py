@@ -41,6 +41,7 @@ def test_teaching_follows_from_its_seed():
     prompts = toy_facts().group("forget").prompts(held_out=False)
     a, b, c = (teach(stories(), prompts, steps=3, seed=s).hf.state_dict() for s in (0, 0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
+    teach(teach(stories(), prompts, steps=1), prompts, steps=1)  # what was taught can be taught more
 
 
 def test_a_cut_is_seen_and_what_it_leaves_is_named(results):

@@ -21,7 +21,7 @@ def teach(
 
     About nine seconds on one CPU thread for 200 steps of a model of 260 K parameters. The model itself is left alone.
     """
-    hf = copy.deepcopy(model.hf).train()
+    hf = copy.deepcopy(model.hf).train().requires_grad_(True)
     taught = Model(hf, model.tokenizer, f"{model.name}, taught {len(prompts)} prompts")
     optimiser = torch.optim.AdamW(hf.parameters(), lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -33,9 +33,7 @@ def teach(
         optimiser.zero_grad()
         answer_loss(taught, [prompts[i] for i in chosen]).backward()
         optimiser.step()
-    hf.eval()
-    for parameter in hf.parameters():
-        parameter.requires_grad_(False)
+    hf.eval().requires_grad_(False)
     return taught
 
 
