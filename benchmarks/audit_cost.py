@@ -1,0 +1,187 @@
+"""What the default audit costs: wall time by evaluation, forward passes, and peak memory.
+
+    python benchmarks/audit_cost.py [--quick] [--model testbed:dense] [--with behavioural,intrinsic]
+
+Twenty facts about people to forget, with people to keep, name-sharers and unknown names, on the embedded model: arms
+before, edited (ROCR), control and oracle. Two threads, wall time; the edit itself is not part of it. Passes: forward
+passes of each evaluation alone, with nothing kept from another one, against those of the audit, where each is shared.
+Memory: the high-water mark above the loaded, warm model, against a plain pass over one batch, in a process of its own;
+a random Llama of GPT-2-small shape, as in `overhead.py`. Attacks that train or hold a second copy of the weights are
+listed apart: nothing of that size can be done within one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.overhead import BATCH_TOKENS, RETURNED, build, peak, rank_one
+from excise.arms import Arm
+from excise.audit import chosen
+from excise.chain import random_twin
+from excise.edits import Edit
+from excise.facts import Facts
+from excise.measure import measure
+from excise.model import Model, load
+from excise.progress import be_quiet
+from excise.registry import Method, methods
+from excise.testbed import facts, general_text, refusals
+
+FACTS, SEED, AIM = 20, 7001, 90.0
+
+
+class Counter:
+    """Forward passes of some models while it is open."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self.models, self.passes = {id(m.hf): m for m in models}.values(), 0
+
+    def _count(self, *_: Any) -> None:
+        self.passes += 1
+
+    @contextmanager
+    def open(self) -> Iterator[Counter]:
+        """Count inside the block."""
+        handles = [m.hf.register_forward_pre_hook(self._count) for m in self.models]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def questions(name: str, seed: int) -> Facts:
+    """Twenty forget facts of as many people as it takes, and everybody else."""
+    known = facts(name, people=10, seed=seed, unknown=24)
+    turned = [f for i in (0, 3) for person in known.group("forget").subjects for f in _of(known, person)[i : i + 1]]
+    return Facts([*turned[:FACTS], *(f for f in known if f.group != "forget")])
+
+
+def _of(known: Facts, person: str) -> list[Any]:
+    return [f for f in known.group("forget") if f.subject == person]
+
+
+def arms_of(name: str, known: Facts, seed: int) -> tuple[list[Arm], Edit]:
+    """Before, edited, control and oracle, anew, so that nothing is remembered."""
+    from edit import rocr
+
+    model, oracle = load(f"testbed:{name}"), load(f"testbed:{name}-oracle")
+    edit = rocr(model, known.shown.group("forget"), known.shown.group("retain", "neighbour"), seed=seed)
+    return fresh(model, oracle, edit, seed), edit
+
+
+def fresh(model: Model, oracle: Model, edit: Edit, seed: int) -> list[Arm]:
+    """Arms that remember nothing."""
+    twin = random_twin(edit, seed)
+    return [Arm("before", model), Arm("edited", model, edit), Arm("control", model, twin), Arm("oracle", oracle)]
+
+
+def audited(
+    arms: Sequence[Arm], wanted: Sequence[Method], known: Facts, shared: dict[str, Any]
+) -> tuple[Any, int, float]:
+    """Results, forward passes and seconds of some evaluations."""
+    start = time.perf_counter()
+    with Counter([a.model for a in arms]).open() as counter:
+        results = measure(arms, wanted, known, shared=shared)
+    return results, counter.passes, time.perf_counter() - start
+
+
+def memory_job(job: str, shape: str) -> dict[str, int]:
+    """Bytes above the warm model that one evaluation, or one batch, needs at its peak. In a process of its own."""
+    model = build(shape, "cpu", "float32")
+    known = facts(0, people=2, retain=8, neighbours=8, unknown=8, general=4)
+    change = rank_one(model, "weight edit")
+    arms = [Arm("before", model), Arm("edited", model, change)]
+    prompts = [p for f in known for p in f.prompts if p.text and p.answer]
+    _ = model.names.weights(), model.fingerprint, model.encode(prompts[:4], answers=True)
+    model.logits(model.encode(prompts[:1]))
+
+    def work() -> None:
+        if job == "batch":
+            _, batch = max(model.batches(prompts, answers=True), key=lambda pair: pair[1].ids.numel())
+            model.logits(batch)
+        else:
+            measure(arms, [methods("evaluation")[job]], known, shared={"limit": 8})
+
+    own = sum(p.numel() * p.element_size() for p in model.hf.parameters())
+    touched = sum(model.weight(str(c.site)).numel() for c in change.changes) * 4
+    return {"above": peak(model, work), "model": own, "touched": touched}
+
+
+def memory(names: Sequence[str], shape: str) -> dict[str, float]:
+    """(model + peak) / (model + touched matrices + one batch) of every evaluation."""
+    found = {}
+    for job in ("batch", *names):
+        words = [sys.executable, __file__, "--job", job, "--shape", shape]
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **RETURNED})
+        if done.returncode:
+            raise SystemExit(f"memory job {job} failed:\n{done.stderr}")
+        found[job] = json.loads(done.stdout.splitlines()[-1])
+        print(f"memory of {job}: {found[job]['above'] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    one = found.pop("batch")
+    allowed = one["model"] + one["touched"] + one["above"]
+    return {name: (one["model"] + f["above"]) / allowed for name, f in found.items()}
+
+
+def main() -> None:
+    """Measure; the last line is one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="no passes one by one, no memory")
+    parser.add_argument("--model", default="dense", choices=("dense", "moe"))
+    parser.add_argument(
+        "--with", dest="wanted", default="", help="families or evaluations in place of the default audit"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shape", default="gpt2-small", help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    be_quiet()
+    if args.job:
+        torch.set_num_threads(1)
+        print(json.dumps(memory_job(args.job, args.shape)))
+        return
+    torch.set_num_threads(args.threads)
+    wanted = chosen([w for w in args.wanted.split(",") if w])
+    known = questions(args.model, SEED)
+    arms, edit = arms_of(args.model, known, SEED)
+    people = known.group("forget").subjects
+    texts = tuple(general_text(args.model, 100, seed=SEED, exclude=people))
+    shared = {"seed": SEED, "texts": texts, "refusals": tuple(refusals(args.model))}
+    results, passes, seconds = audited(arms, wanted, known, shared)
+    by_evaluation = results.recipe["seconds"]
+    for name, took in sorted(by_evaluation.items(), key=lambda item: -item[1]):
+        print(f"{name:24} {took:6.1f} s")
+    found: dict[str, Any] = {"seconds": seconds, "by evaluation": by_evaluation, "passes": passes}
+    bars = [{"name": f"default audit of {FACTS} forget facts, {args.threads} threads, seconds", "value": seconds,
+             "interval": None, "aim": AIM, "holds": seconds <= AIM}]  # fmt: skip
+    if not args.quick:
+        alone = {
+            m.name: audited(fresh(arms[0].model, arms[-1].model, edit, SEED), [m], known, shared)[1] for m in wanted
+        }
+        found |= {"passes alone": alone, "memory": memory([m.name for m in wanted], args.shape)}
+        bars.append({"name": "forward passes of the audit over those of its evaluations one by one",
+                     "value": passes / sum(alone.values()), "interval": None, "aim": 1.0, "holds": passes < sum(alone.values())})  # fmt: skip
+        bars += [{"name": f"peak memory of {name} / (model + touched matrices + one batch)", "value": share,
+                  "interval": None, "aim": 1.0, "holds": share <= 1.0} for name, share in found["memory"].items()]  # fmt: skip
+    for b in bars:
+        print(f"{b['name']}: {b['value']:.3f} (aim {b['aim']}, {'holds' if b['holds'] else 'DOES NOT HOLD'})")
+    settings = {"model": args.model, "facts": FACTS, "threads": args.threads, "batch_tokens": BATCH_TOKENS,
+                "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
+    print(json.dumps({"benchmark": "audit_cost", "settings": settings, "results": found, "bars": bars}))
+
+
+if __name__ == "__main__":
+    main()
