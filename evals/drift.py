@@ -28,7 +28,9 @@ def drift(
 ) -> list[Score]:
     """Loss on general text, its change relative to `before`, and KL(before || arm) per token on prompts to keep.
 
-    Variants: "loss" and "kl" in nats per token; "relative change" of the loss, where 0.01 is one per cent worse.
+    Variants: "loss" and "kl" in nats per token; "relative change" of the loss, where 0.01 is one per cent worse; "kl
+    back", KL(arm || before), large where the arm says what before never would; "kl, worst token" of each prompt, since
+    a mean hides a single token that is wrecked.
     texts: general texts; when empty, the facts of group "general".
     groups: groups whose prompts the divergence is taken on.
     forms: forms of those prompts; all when empty.
@@ -41,16 +43,8 @@ def drift(
     ]
 
 
-def token_kl(reference: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the masked positions of KL(reference || other) in nats, per row.
-
-    reference, other: logits [batch, width, vocab]; mask: [batch, width], at least one position per row.
-    """
-    # Row by row: the log-softmax of whole batches would double what is held.
-    return torch.stack([_kl(a[m], b[m]).mean() for a, b, m in zip(reference, other, mask.bool(), strict=True)])
-
-
-def _kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference || other) in nats of each position, from logits [n, vocab]."""
     p, q = reference.log_softmax(-1), other.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
@@ -98,14 +92,20 @@ def _divergence(
     # Two models' logits are held at once, and an edit's matrices: a third of a batch of each.
     third = max(1, before.model.batch_tokens // 3)
     for index, batch in before.model.batches([item.prompt for item in items], answers=True, tokens=third):
-        values = _batch_kl(before, arm, batch)
-        scores += [items[i].score(value, variant="kl") for i, value in zip(index, values, strict=True)]
+        for i, values in zip(index, _batch_kl(before, arm, batch), strict=True):
+            scores += [items[i].score(value, variant=variant) for variant, value in values.items()]
     return scores
 
 
-def _batch_kl(before: Arm, arm: Arm, batch: Batch) -> list[float]:
+def _batch_kl(before: Arm, arm: Arm, batch: Batch) -> list[dict[str, float]]:
     with before.running() as model:
         reference = model.logits(batch)
     with arm.running() as model:
         other = model.logits(batch.to(model.device)).to(reference.device)
-    return token_kl(reference, other, batch.mask).tolist()
+    found = []
+    # Row by row: the log-softmax of whole batches would double what is held.
+    for a, b, m in zip(reference, other, batch.mask.bool(), strict=True):
+        there = kl(a[m], b[m])
+        back = float(kl(b[m], a[m]).mean())
+        found.append({"kl": float(there.mean()), "kl back": back, "kl, worst token": float(there.max())})
+    return found

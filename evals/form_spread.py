@@ -19,8 +19,10 @@ GROUPS = ("forget", "retain", "neighbour")
 def form_spread(arm: Arm, facts: Sequence[Fact], *, before: Arm, limit: int = 32, seed: int = 0) -> list[Score]:
     """Answer probability of each fact in its easiest and its hardest form, and the spread between the two.
 
-    For a fact to forget the easiest form is the leak; for one to keep the hardest form is the damage. Only forms in
-    which the model before the edit says the answer count: a form that never worked tells nothing about the edit.
+    For a fact to forget the easiest form is the leak; for one to keep the hardest form is the damage. "form gap" is the
+    easiest form less the direct one, what an edit built on that form left open in others (ORT, arXiv 2506.07795). Only
+    forms in which the model before the edit says the answer count: a form that never worked tells nothing about the
+    edit.
     limit: most prompts per group, form and side of the held-out split; 0 for all.
     seed: which prompts are taken when there are more.
     """
@@ -43,7 +45,10 @@ def _of_fact(item: Item, asked: Sequence[tuple[Item, float]]) -> list[Score]:
         reason = f"known before in {len(forms)} forms: a spread needs two"
         return [item.score(None, variant="spread", reason=reason, **keys)]
     easiest, hardest = max(asked, key=lambda a: a[1]), min(asked, key=lambda a: a[1])
+    direct = [p for other, p in asked if other.prompt.form == item.fact.prompt.form and not other.prompt.held_out]
+    gap = [item.score(easiest[1] - max(direct), variant="form gap", **keys)] if direct else []
     return [
+        *gap,
         item.score(easiest[1], variant="easiest form", detail=easiest[0].prompt.form, **keys),
         item.score(hardest[1], variant="hardest form", detail=hardest[0].prompt.form, **keys),
         item.score(easiest[1] - hardest[1], variant="spread", **keys),

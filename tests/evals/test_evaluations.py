@@ -5,6 +5,7 @@ of errors.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import evals
-from evals.drift import token_kl
+from evals.drift import kl
 from evals.refusal import is_refusal
 from evals.sampling import ranked, sample
 from excise.arms import Arm
@@ -148,6 +149,8 @@ def test_form_spread_counts_only_forms_that_were_known() -> None:
     scores = evals.form_spread(asked, two, before=asked)
     easiest, hardest, spread = (by_variant(scores, v)[0].value for v in ("easiest form", "hardest form", "spread"))
     assert spread == pytest.approx(easiest - hardest) and 0 < hardest <= easiest
+    gap = by_variant(scores, "form gap")[0].value
+    assert gap == pytest.approx(max(0.0, easiest - asked.answers([known[0]])[0].probability))
     assert [s.reason for s in scores if s.fact == "none"] == ["known before in 0 forms: a spread needs two"]
 
 
@@ -158,14 +161,17 @@ def test_drift_of_an_arm_against_itself_is_zero(family: str, facts: Facts) -> No
     scores = evals.drift(
         again, facts, before=asked, texts=("Marie Curie was born in Warsaw.", "The capital of Italy is Rome.")
     )
-    assert {s.value for s in scores if s.variant in ("kl", "relative change")} == {0.0}
+    kinds = ("kl", "kl back", "kl, worst token", "relative change")
+    assert [{s.value for s in by_variant(scores, kind)} for kind in kinds] == [{0.0}] * 4
     assert all(s.value > 0 for s in by_variant(scores, "loss"))
 
 
 def test_drift_sees_another_model(facts: Facts) -> None:
     other = arm(seed=1, name="other")
     scores = evals.drift(other, facts, before=arm())
-    assert all(s.value > 0 for s in by_variant(scores, "kl"))
+    assert all(s.value > 0 for s in by_variant(scores, "kl") + by_variant(scores, "kl back"))
+    for mean, worst in zip(by_variant(scores, "kl"), by_variant(scores, "kl, worst token"), strict=True):
+        assert mean.value < worst.value
     assert {s.group for s in by_variant(scores, "kl")} == {"retain", "neighbour"}
     assert {s.group for s in by_variant(scores, "loss")} == {"general"}
     relative, loss = by_variant(scores, "relative change"), by_variant(evals.drift(arm(), facts, before=arm()), "loss")
@@ -173,12 +179,11 @@ def test_drift_sees_another_model(facts: Facts) -> None:
     assert sum(s.value for s in relative) / len(relative) == pytest.approx(change)
 
 
-def test_token_kl_by_hand() -> None:
-    p = torch.tensor([[[0.5, 0.5], [0.9, 0.1]]]).log()
-    q = torch.tensor([[[0.25, 0.75], [0.9, 0.1]]]).log()
-    expected = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(0.5 / 0.75).log()
-    assert token_kl(p, q, torch.tensor([[1, 0]])).item() == pytest.approx(expected.item())
-    assert token_kl(p, q, torch.tensor([[1, 1]])).item() == pytest.approx(expected.item() / 2)
+def test_kl_by_hand() -> None:
+    p = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    q = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    expected = 0.5 * math.log(2.0) + 0.5 * math.log(0.5 / 0.75)
+    assert kl(p, q).tolist() == pytest.approx([expected, 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize(
