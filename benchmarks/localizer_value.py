@@ -6,7 +6,8 @@ For every localizer and every kind of unit that it ranks: one person of the embe
 that person's facts are turned down (their rows of the matrix they write with, times 1 - s), and s is raised until the
 answers to facts about other people have lost a fixed share of their probability. What the person's own answers have lost
 by then, in all their trained forms, is what the localization is worth; the same for k random units of the same kind. At
-most s = LARGEST (units that damage nothing at that strength are counted as they stand there).
+most s = LARGEST (units that damage nothing at that strength are counted as they stand there). Features of a dictionary are
+turned down where they are written into the stream; random ones are drawn from those that fire on the person's prompts.
 
 People are the world's known ones that no localizer and no test here was tuned on: not among those that the oracle never
 met, which everything else uses. Intervals are 95 % bootstraps over people; the difference to random units is paired.
@@ -44,6 +45,11 @@ from excise.sites import Site
 from excise.statistics import bootstrap_mean, sign_flip
 from excise.testbed import facts as world_facts
 from excise.testbed import world_of
+from localize.expert_attribution import KINDS
+from localize.weight_scores import MEASURES
+from sae.dictionary import ACTS
+from sae.own import of_model
+from sae.statistics import statistics
 
 # What the answers about other people may lose, in probability.
 DAMAGE = 0.05
@@ -51,7 +57,7 @@ LARGEST = 32.0
 STEPS = 5
 DRAWS = 5
 # Units turned down together, by kind.
-K = {"neuron": 16, "head": 2, "expert": 2, "mlp": 1}
+K = {"neuron": 16, "head": 2, "expert": 2, "mlp": 1, "feature": 16}
 # A unit: matrix and row (a head's number, None for a whole matrix).
 Unit = tuple[str, int | None]
 
@@ -77,14 +83,16 @@ def cases(moe: bool) -> list[Case]:
         Case("attribution_patching (GradDrop)", "attribution_patching", "neuron", {**attribution["neuron"], "grad_drop": True}),
         *(Case("direct_logit", "direct_logit", kind, {"units": [kind]}) for kind in ("mlp", "head", "neuron")),
         Case("knowledge_neurons", "knowledge_neurons", "neuron"),
-        *(Case(f"weight_attribution ({m})", "weight_attribution", "neuron", {"measure": m}) for m in ("taylor", "fisher", "wanda")),
+        *(Case(f"weight_attribution ({m})", "weight_attribution", "neuron", {"measure": m}) for m in MEASURES if m != "gradient"),
         Case("concept_vectors (words)", "concept_vectors", "neuron"),
-        Case("concept_vectors (functional)", "concept_vectors", "neuron", {"search": "functional"}),
+        *(Case(f"concept_vectors ({s})", "concept_vectors", "neuron", {"search": s}) for s in ("functional", "open")),
+        *(Case(f"sae_features ({r})", "sae_features", "feature", {"rule": r, "features": K["feature"]}) for r in ("sparsity", "attribution")),
+        Case("attribution_patching", "attribution_patching", "feature", {"components": ["feature"]}),
         *(Case("scan", "scan", kind, {"kinds": [kind], "verify": 0}) for kind in ("neuron", "head", "mlp")),
     ]  # fmt: skip
     if moe:
         found += [
-            *(Case(f"expert_attribution ({s})", "expert_attribution", "expert", {"score": s}) for s in ("gradient", "affinity")),
+            *(Case(f"expert_attribution ({s})", "expert_attribution", "expert", {"score": s}) for s in KINDS if s != "frequency"),
             Case("attribution_patching", "attribution_patching", "expert", {"components": ["expert"]}),
             Case("scan", "scan", "expert", {"kinds": ["expert"], "verify": 0}),
         ]  # fmt: skip
@@ -101,6 +109,8 @@ def unit_of(site: Site, kind: str) -> Unit | None:
         return f"{layer}.{expert[0]}.W_out", None
     if kind == "neuron" and site.unit is not None and ".mlp." in site.point:
         return f"{layer}.{expert[0] if expert else 'mlp'}.W_out", site.unit
+    if kind == "feature" and site.point.endswith(ACTS):
+        return site.point, site.unit
     if kind == "mlp" and site.unit is None and expert is None and "mlp" in site.point:
         return f"{layer}.mlp", None
     return None
@@ -113,8 +123,11 @@ def best_units(found: Localization, kind: str, k: int) -> list[Unit]:
     return list(units)[:k]
 
 
-def all_units(model: Model, kind: str) -> list[Unit]:
-    """Every unit of a kind."""
+def all_units(model: Model, kind: str, prompts: Sequence[Prompt]) -> list[Unit]:
+    """Every unit of a kind; of features those that fire on some prompts."""
+    if kind == "feature":
+        book = of_model(model)
+        return [(f"{book.hook}.{ACTS}", u) for u in statistics(model, book, prompts).count.nonzero()[:, 0].tolist()]
     if kind == "mlp":
         return [(f"blocks.{i}.mlp", None) for i in range(model.n_layers)]
     if kind == "head":
@@ -127,6 +140,10 @@ def all_units(model: Model, kind: str) -> list[Unit]:
 
 def silenced(model: Model, units: Sequence[Unit]) -> Edit:
     """The edit that turns the units off; `scaled(s)` turns them down by s."""
+    if units and units[0][0].endswith(ACTS):
+        book = of_model(model)
+        clamp = book.clamp([u for _, u in units if u is not None], 0.0)
+        return Edit((Change(Site(book.hook, "all"), clamp),), {"method": "silenced"})
     rows: dict[str, list[int]] = {}
     for matrix, unit in units:
         owned = [matrix]
@@ -195,9 +212,13 @@ def people_of(name: str, count: int, seed: int) -> list[str]:
     return random.Random(f"localizer value {seed}").sample(known, count)
 
 
-def measure(model: Model, name: str, person: str, number: int, draws: int) -> list[dict[str, Any]]:
-    """One row per case and per random draw, for one person."""
+def measure(
+    model: Model, name: str, person: str, number: int, draws: int, done: set[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """One row per case and per random draw, for one person; done: (case, kind) of what is known already."""
     wanted = cases(model.names.n_experts > 0)
+    if all((c.name, c.kind) in done for c in wanted):
+        return []
     world = world_facts(name, forget=[person], neighbours=12, retain=24, unknown=0, general=0, seed=number)
     forget, kept = world.group("forget"), world.group("retain", "neighbour")
     own = Probabilities(model, [p for f in forget for p in (f.prompt, *f.ask("question", held_out=False)[:1])])
@@ -205,15 +226,16 @@ def measure(model: Model, name: str, person: str, number: int, draws: int) -> li
     spared, judged = Facts(list(kept)[::2]), list(kept)[1::2]
     others = Probabilities(model, [f.prompt for f in judged[:: max(1, len(judged) // 32)]])
     rows = []
-    for case in wanted:
+    for case in (c for c in wanted if (c.name, c.kind) not in done):
         chosen = method("localizer", case.localizer)
-        pool = {"pool": Facts([*forget, *spared])} if any(o.name == "pool" for o in chosen.options) else {}
+        others_known = {"pool": Facts([*forget, *spared]), "retain": spared}
+        pool = {o.name: others_known[o.name] for o in chosen.options if o.name in others_known}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             units = best_units(chosen.function(model, forget, **case.options, **pool), case.kind, K[case.kind])
         rows.append({"case": case.name, "kind": case.kind, **forgotten(model, silenced(model, units), own, others)})
-    for kind in dict.fromkeys(c.kind for c in wanted):
-        every = all_units(model, kind)
+    for kind in dict.fromkeys(c.kind for c in wanted if ("random", c.kind) not in done):
+        every = all_units(model, kind, [p for f in forget for p in f.prompts])
         for draw in range(draws):
             units = random.Random(f"{person} {kind} {draw}").sample(every, K[kind])
             made = forgotten(model, silenced(model, units), own, others)
@@ -222,19 +244,17 @@ def measure(model: Model, name: str, person: str, number: int, draws: int) -> li
 
 
 def measured(names: Sequence[str], count: int, draws: int, kept: Path | None) -> list[dict[str, Any]]:
-    """Rows of all people; those in `kept` are not measured again, and new ones are added to it person by person."""
+    """Rows of all people; what is in `kept` is not measured again, and new rows are added to it person by person."""
     be_quiet()
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
-    done = {(r["model"], r["person"]) for r in rows}
     for name in names:
         people = people_of(name, count, 0)
         rows = [r for r in rows if r["model"] != name or r["person"] in people]
         model = load(f"testbed:{name}")
         for number, person in enumerate(people):
-            if (name, person) in done:
-                continue
             start = time.process_time()
-            new = measure(model, name, person, number, draws)
+            known = {(r["case"], r["kind"]) for r in rows if (r["model"], r["person"]) == (name, person)}
+            new = measure(model, name, person, number, draws, known)
             rows += new
             if kept:
                 with kept.open("a") as file:
