@@ -82,7 +82,9 @@ class Regions:
 class Detector:
     """A gate and how well it tells forget from retain.
 
-    report: point, statistic, regions, threshold, detected (share of the measured forget prompts that open it), detected
+    report: point, statistic, regions, threshold, margin (the gap between the weakest forget prompts, but for one in twenty,
+    and what retain prompts reach, as a share of the distance of their medians; the point with the largest is taken;
+    minus infinity where forget prompts lie on the wrong side), detected (share of the measured forget prompts that open it), detected
     on (their number), false positives (share of the retain prompts it was calibrated on), bound (what new retain prompts
     of any kind are promised to stay below), auc, retain prompts, and the points that were compared.
     """
@@ -109,7 +111,8 @@ def detector(
     gate will look at all of them. Held-out prompts are not read, the others once: some of either kind fit the regions,
     others choose the point, and those that calibrate the threshold had no say in either. The threshold is conformal: for
     exchangeable prompts of a kind (relation) the promise needs no assumption; n of them can promise 1 / (n + 1) at best.
-    Where forget prompts lie further away, it is put halfway.
+    Where forget prompts lie further away, it is put halfway. What is detected is how requests look: behind another
+    sentence a name is still seen, a skill that is known by its template often is not (benchmarks/skill_editors.py).
 
     statistic: "linear" reads along the direction that tells each region from ordinary tokens; "count" asks for a share
         of coordinates within two spreads of the centre, "extent" for all of them within a calibrated number of spreads
@@ -132,7 +135,7 @@ def detector(
         point: _calibrated(scores[0], scores[1:n], scores[n:], rate)
         for point, scores in _scores(model, regions, shares, beside).items()
     }
-    best = max(rows, key=lambda point: (round(rows[point]["chosen by"], 2), round(rows[point]["auc"], 3)))
+    best = max(rows, key=lambda point: rows[point]["margin"])
     report = rows[best]
     hits = round(report["detected"] * report["detected on"])
     if wilson(hits, report["detected on"]).low <= report["bound"]:
@@ -140,7 +143,7 @@ def detector(
             f"nothing at {', '.join(points)} tells these requests from retain prompts at a false-positive rate of "
             f"{report['bound']:.3g}: allow more, give more retain facts, or edit weights instead"
         )
-    compared = [{"point": p, "detected": row["detected"], "auc": row["auc"]} for p, row in rows.items()]
+    compared = [{"point": p, **{k: row[k] for k in ("margin", "detected", "auc")}} for p, row in rows.items()]
     found = {"point": best, "statistic": statistic, "regions": len(shares.regions), **report, "compared": compared}
     return Detector(regions[best].gate(report["threshold"]), found)
 
@@ -214,20 +217,22 @@ def _shares(wanted: Sequence[list[Prompt]], kinds: Sequence[list[Prompt]], fits:
 
 
 def _calibrated(seen: Tensor, choosing: Sequence[Tensor], calibrating: Sequence[Tensor], rate: float) -> dict[str, Any]:
-    """How a point does. "chosen by": forget prompts detected where the choosing retain prompts set the threshold."""
+    """How a point does; `Detector` says what is in it."""
     choosing = choosing or calibrating
+    weakest = float(seen.double().quantile(MISSED))
     threshold, bound = _threshold(calibrating, rate)
-    threshold = max(threshold, (threshold + float(seen.double().quantile(MISSED))) / 2)
+    threshold = max(threshold, (threshold + weakest) / 2)
     everyone, others = (torch.cat(list(scores)) for scores in (calibrating, choosing))
+    apart = float(seen.median() - others.median())
     return {
         "threshold": threshold,
+        "margin": (weakest - _threshold(choosing, rate)[0]) / apart if apart > 0 else -math.inf,
         "detected": float((seen > threshold).double().mean()),
         "detected on": len(seen),
         "false positives": float((everyone > threshold).double().mean()),
         "bound": bound,
         "auc": auc(seen.tolist(), others.tolist()),
         "retain prompts": len(everyone),
-        "chosen by": float((seen > _threshold(choosing, rate)[0]).double().mean()),
     }
 
 
