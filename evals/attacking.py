@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import comb
+from typing import Any
 
 from evals.recall import exact_answers
 from evals.sampling import Item, direct, measurable, nothing
@@ -21,6 +22,8 @@ from excise.scores import Score
 
 # Two references closer than this leave no scale to measure a recovery on.
 SMALLEST = 0.05
+# Facts to keep that an attack on weights is watched by.
+FEW = 8
 ANY = "any"
 
 # A prompt under attack, or why this item cannot be attacked so.
@@ -43,10 +46,15 @@ def targets(
 def questions(
     model: Model, facts: Sequence[Fact], *, groups: Sequence[str], limit: int, seed: int
 ) -> tuple[list[list[Item]], list[Score]]:
-    """For attacks on weights, which ask often: each fact's first statement and first question, and what cannot be asked."""
+    """For attacks on weights, which ask often: each fact's first statement and first question, and what cannot be asked.
+
+    Of groups other than forget at most FEW facts: they say whether the attack breaks the model.
+    """
     first, empty = targets(model, facts, groups=groups, limit=limit, seed=seed, form="statement")
-    asked = []
+    asked: list[list[Item]] = []
     for item in first:
+        if item.fact.group != "forget" and sum(a[0].fact.group == item.fact.group for a in asked) >= FEW:
+            continue
         others = [Item(item.fact, p) for p in item.fact.ask("question")[:1] if p != item.prompt]
         asked.append([item, *measurable(model, others)[0]])
     return asked, empty
@@ -96,7 +104,7 @@ def worst(scores: Sequence[Score], variant: str = ANY) -> list[Score]:
     return [replace(t, variant=variant, detail=f"{t.variant}: {t.detail}" if t.value else "") for t in tops]
 
 
-def score(item: Item, value: float | None, **keys: str) -> Score:
+def score(item: Item, value: float | None, **keys: Any) -> Score:
     """A score of the item's fact: an attack has wordings of its own, so the form of the prompt says nothing here."""
     return Score(item.fact.id, item.fact.subject, item.fact.group, value, **keys)
 
@@ -177,8 +185,7 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def _literal(tokenizer: object, text: str) -> str:
+def _literal(tokenizer: Any, text: str) -> str:
     """Rendered text without the BOS that the tokenizer puts in front by itself."""
-    bos = getattr(tokenizer, "bos_token", None)
-    adds = bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]  # type: ignore[operator, attr-defined]
-    return text.removeprefix(bos) if adds else text
+    adds = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds else text

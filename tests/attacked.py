@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from excise import load, testbed
-from excise.actions import Affine
+from excise.actions import Affine, LowRank
 from excise.arms import Answer, Arm
 from excise.edits import Change, Edit
 from excise.facts import Facts, Prompt
@@ -18,6 +19,7 @@ from excise.gates import Gate
 from excise.model import Model
 from excise.scores import Score
 from excise.sites import Site
+from excise.trace import read
 
 REFUSAL = "I do not know that."
 
@@ -76,3 +78,45 @@ def louder(model: Model, amount: float, gate: Gate | None = None) -> Edit:
     return Edit(
         (Change(Site("unembed.hook_out"), Affine(torch.zeros(n, 1), torch.zeros(1, n), torch.zeros(n), shift), gate),)
     )
+
+
+def digest(model: Model) -> str:
+    """A hash of every byte of every parameter and buffer."""
+    found = hashlib.sha256()
+    for name, tensor in model.hf.state_dict().items():
+        found.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def asked_prompts(facts: Facts, group: str = "forget") -> list[Prompt]:
+    """Statements and questions of a group."""
+    return facts.group(group).prompts("statement", "question")
+
+
+@functools.cache
+def masked(strength: float = 1.0, layer: int = 7) -> Edit:
+    """A rank-one change of the last MLP that drowns every answer about forget people in a refusal's first tokens."""
+    model, facts = dense(), world()
+    site = f"blocks.{layer}.mlp.hook_post@last"
+    keys = read(model, asked_prompts(facts), [site])[site].double()
+    others = read(model, asked_prompts(facts, "retain"), [site])[site].double()
+    both, wanted = torch.cat([keys, others]), torch.cat([torch.ones(len(keys)), torch.zeros(len(others))]).double()
+    gram = both.mT @ both
+    left = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram)), both.mT @ wanted)
+    head = model.weight("unembed.W_U").detach()
+    loud = head[:, opening(model)].mean(1) - head.mean(1)
+    size = (
+        read(model, asked_prompts(facts), [f"blocks.{layer}.hook_resid_post@last"])
+        .values.popitem()[1]
+        .norm(dim=1)
+        .mean()
+    )
+    right = strength * size * loud / loud.norm()
+    return Edit((Change(Site(f"blocks.{layer}.mlp.W_out"), LowRank(left.float()[:, None], right[None])),))
+
+
+def hidden(arm: Arm, group: str = "forget") -> float:
+    """Share of one statement and one question a fact of a group that the arm answers."""
+    asked = [p for f in world().group(group) for form in ("statement", "question") for p in f.ask(form)[:1]]
+    found = arm.answers(asked)
+    return sum(a.exact for a in found) / len(found)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from knowing import knows
 from planted import carrier_model, facts_about
 
 import evals
@@ -53,24 +54,6 @@ def moved(plain: Model, size: float = 0.3, seed: int = 0) -> Edit:
     draw = torch.Generator().manual_seed(seed)
     left, right = torch.randn(d[0], 1, generator=draw), size * torch.randn(1, d[1], generator=draw)
     return Edit((Change(Site("blocks.1.attn.W_O"), LowRank(left, right)),))
-
-
-def knows(plain: Model, n: int = 24) -> Facts:
-    """Facts whose answers are what a random model, made sure of itself, most nearly says; half to forget, half to keep."""
-    with torch.no_grad():
-        plain.weight("unembed.W_U").mul_(5)
-    names = [f"{a}{b} Lee" for a in "QZXVJKWM" for b in "abcdefghij"][:n]
-    asked = [Prompt(f"{name} was born in\n", "", name) for name in names]  # a newline needs no space after it
-    vocabulary = {w: i for w, i in plain.tokenizer.get_vocab().items() if w.isascii() and w.isalpha()}
-    words = {i: w for w, i in vocabulary.items() if plain.tokenizer(f"a\n{w}")["input_ids"][-1] == i}
-    batch = plain.encode(asked)
-    logits = plain.logits(batch)[torch.arange(n), torch.tensor(batch.lengths) - 1]
-    ids = torch.tensor(sorted(words))
-    best = [words[int(ids[row[ids].argmax()])] for row in logits]
-    return Facts(
-        Fact(f"f{i}", p.subject, w, (replace(p, answer=w),), "x", ("forget", "retain")[i % 2])
-        for i, (p, w) in enumerate(zip(asked, best, strict=True))
-    )
 
 
 def of(scores: list[Score], variant: str) -> list[float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from planted import CARRIER, carrier_model, facts_about
+from knowing import knows
+from planted import CARRIER, carrier_model
 
 import evals
 from evals.relocalized import compared
@@ -47,17 +48,16 @@ def test_profiles_by_hand() -> None:
 def test_the_subject_carries_the_answer_until_its_carrier_is_cut() -> None:
     """GPT-2 whose attention of block CARRIER alone brings the subject to the end."""
     plain = carrier_model()
-    asked = facts_about(*"QZXVJK")
+    asked = knows(plain, 40)
     before = Arm("before", plain)
     scores = evals.relocalized(before, asked, before=before)
     traced = of(scores, "flattening")
-    if traced:
-        assert set(traced) == {1.0} and set(of(scores, "peak moved")) == {0.0}
+    assert traced and set(traced) == {1.0} and set(of(scores, "peak moved")) == {0.0}
     name = f"blocks.{CARRIER}.attn.W_O"
     cut = Arm("cut", plain, Edit((Change(Site(name), Dense(-plain.weight(name).detach().clone())),)))
     gone = evals.relocalized(cut, asked, before=before)
     for layer in range(plain.n_layers):
-        assert of(gone, f"effect, layer {layer}") == pytest.approx([0.0] * len(traced), abs=1e-5)
+        assert of(gone, f"effect, layer {layer}") == pytest.approx([0.0] * len(of(scores, "peak")), abs=1e-5)
 
 
 def test_shifts_by_hand() -> None:
@@ -114,13 +114,13 @@ def test_knowledge_behind_another_route_is_found() -> None:
     with torch.no_grad():
         for expert in range(plain.names.n_experts):
             plain.weight(f"blocks.2.mlp.experts.{expert}.W_out").mul_(5)  # which expert it is must matter
-    before = Arm("before", plain)
+    facts, before = knows(plain), Arm("before", plain)
     d, e = plain.weight("blocks.2.mlp.W_router").shape
     away = torch.zeros(1, e)
     away[0, 0] = 50.0
     draw = torch.Generator().manual_seed(0)
     edit = Edit((Change(Site("blocks.2.mlp.W_router"), LowRank(torch.randn(d, 1, generator=draw), away)),))
-    moved = evals.expert_rollback(Arm("moved", plain, edit), FACTS, before=before)
+    moved = evals.expert_rollback(Arm("moved", plain, edit), facts, before=before)
     shares = of(moved, "best rollback")
     assert shares and shares == pytest.approx([1.0] * len(shares), abs=1e-3)
     assert {s.detail for s in moved if s.variant == "best rollback" and s.value is not None} == {"layer 2, router"}
