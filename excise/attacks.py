@@ -17,6 +17,8 @@ ANY = "any"
 BEST = "best"
 # Share of the attacks named as working that may be named so by chance.
 RATE = 0.05
+# With fewer people than this, signs of whole people could never be telling, so those of facts are flipped.
+PEOPLE = 6
 # An attack that a guess can meet shows nothing where there is no model that never knew to guess too.
 GUESSABLE = ("answer_rank", "multiple_choice", "offered_choice", "reversed_question", "sampling_leak")
 
@@ -78,4 +80,5 @@ def _drawn(results: Results, who: Mapping[str, str], name: str, variant: str) ->
     change = bootstrap_difference(found.after, never, found.clusters)
     if change.low == change.high:
         change = Interval(change.value, change.value, min(1.0, change.value + wilson(0, len(found.after)).high))
-    return change, sign_flip([a - b for a, b in zip(found.after, never, strict=True)], found.clusters, greater=True)
+    clusters = found.clusters if len(set(found.clusters)) >= PEOPLE else None
+    return change, sign_flip([a - b for a, b in zip(found.after, never, strict=True)], clusters, greater=True)

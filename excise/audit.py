@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 from excise.errors import ExciseError
 from excise.fates import Fate, counted, fates
-from excise.measure import EVALUATIONS
 from excise.registry import Family, Method, methods
 from excise.scores import Results
 from excise.verdict import verdict
@@ -17,7 +16,14 @@ from excise.verdict import verdict
 FAMILIES: tuple[str, ...] = get_args(Family)
 # What `excise eval` measures when nothing is named: cheap first, and of each family what `benchmarks/metric_meta.py`
 # found to tell models that know from models that never learned.
-DEFAULT = EVALUATIONS
+DEFAULT = (
+    *("recall", "probability", "form_spread", "truth_ratio", "memorisation", "erasure", "drift", "refusal", "fluency"),
+    *("few_shot", "jailbreak", "rephrasing", "prefilled", "step_by_step", "answer_prefix", "offered_choice"),
+    *("sampling_leak", "refusal_suppression", "reversed_question", "hook_removal", "quantisation", "pruning"),
+    *("layer_skip", "weight_diff", "relearning"),
+    *("lens", "lens_erasure", "head_projection", "probe", "unlearning_depth", "linear_recovery", "patching_recovery"),
+    "weight_anatomy",
+)
 # Fates that a terminal lists one by one; the rest is counted.
 MOST = 20
 UNTOLD = ("removed", "kept", "no longer stated", "not known before")

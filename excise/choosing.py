@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from excise.arms import Arm
+from excise.attacks import ANY
 from excise.edits import Edit
 from excise.files import write_text
 from excise.progress import say
-from excise.scores import Results
+from excise.registry import family
+from excise.scores import Results, Score
 from excise.search import Search
 from excise.trials import Trial, distance, front
 
 # So many of the front are audited; a search gets at most this share of the time.
 FINALISTS = 3
 SHARE = 0.5
-# What a whole audit says of an arm, each with what a perfect edit reaches without an oracle to compare with.
-AUDITED = ("forget", "kept", "lens", "probe")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ def choose(search: Search, measured: Any, out: Path, *, trials: int, ends: float
 
 
 def audit_figures(results: Results, arm: str) -> dict[str, float]:
-    """Of an arm: recall of what is to be forgotten, over all forms; recall of what is to be kept; what lens and probe find.
-
-    What was not measured is left out.
+    """Of an arm: recall of what is to be forgotten, over all forms; recall of what is to be kept; what lens and probe find;
+    what attacks draw, on average over attacks. What was not measured is left out.
     """
     found: dict[str, float] = {}
     wanted = {
@@ -83,7 +82,17 @@ def audit_figures(results: Results, arm: str) -> dict[str, float]:
         values = [s.value for s in scores if s.group in groups and s.variant == variant and s.value is not None]
         if values:
             found[name] = sum(values) / len(values)
-    return found
+    drawn = [v for name in results.evaluations if (v := _drawn(results.scores.get((arm, name), ()), name)) is not None]
+    return found | ({"attacked": sum(drawn) / len(drawn)} if drawn else {})
+
+
+def _drawn(scores: Sequence[Score], evaluation: str) -> float | None:
+    """Mean of an attack over the facts to forget, of its worst case where it has one; None for what is no attack."""
+    if family(evaluation) != "elicitation":
+        return None
+    mine = [s for s in scores if s.group == "forget" and s.value is not None]
+    worst = [s for s in mine if s.variant == ANY] or mine
+    return sum(s.value or 0.0 for s in worst) / len(worst) if worst else None
 
 
 def ideal(before: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,11 @@ def show(run: Run, form: str) -> int:
     if form == "json":
         common.print_json(run.as_json())
         return 0
-    common.print_rows(side_by_side(run.results, run.inputs.seed))
+    common.print_rows([row for row in side_by_side(run.results, run.inputs.seed) if _told(row["measure"])])
+    if run.search:
+        from excise.audit import told
+
+        print(f"\nchosen   {common.printable(run.search['chosen'])}\n\n{common.printable_lines(told(run.results))}")
     print()
     print(run.verification)
     edit, model = shlex.quote(str(run.inputs.out / "edit.safetensors")), shlex.quote(run.inputs.model.name)
@@ -34,6 +38,13 @@ talk     excise ask {shlex.quote(question)} --model {model} --edit {edit}
 export   excise export {edit} --model {model} --out edited-model
 took     {sum(run.seconds.values()):.0f} s ({stages})""")
     return 0
+
+
+def _told(measure: str) -> bool:
+    """What a terminal is shown of an audit; the rest stands in the report."""
+    from excise.measure import EVALUATIONS
+
+    return measure.split(" ")[0] in EVALUATIONS
 
 
 def side_by_side(results: Results, seed: int = 0) -> list[dict[str, Any]]:

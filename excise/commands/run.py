@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         cut = args.editor or f"a search of {args.trials} tries"
         print(f"would run {args.localizer}, {cut} and the audit on {facts!r} with {args.model} into {args.out}")
         return 0
+    from excise.audit import DEFAULT
     from excise.card import write_card
     from excise.chain import Inputs
     from excise.chain import run as run_chain
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         editor=args.editor or "rocr",
         trials=0 if args.editor else args.trials,
         minutes=args.minutes,
+        evaluations=DEFAULT,
         **_own_world(args, facts),
     )
     done = run_chain(inputs)

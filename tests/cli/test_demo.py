@@ -129,11 +129,8 @@ def test_run_on_a_facts_file(cli: Cli, model_folder: Path, facts_file: Path, tmp
     assert said.code == 0, said.err
     assert {r["arm"] for r in said.json["results"]} == {"before", "edited", "control"}
     tried = said.json["search"]["trials"]
-    assert (
-        len(tried) == 3
-        and sum(t["chosen"] for t in tried) == 1
-        and all(t["reason"] or t["front"] in (True, False) for t in tried)
-    )
+    assert len([t for t in tried if t["editor"] != "sum"]) == 3 and sum(t["chosen"] for t in tried) == 1
+    assert all(t["reason"] or t["front"] in (True, False) for t in tried)
     assert "What was tried" in (out / "report.html").read_text()
     assert said.json["search"]["chosen"] in (out / "model_card.md").read_text().replace("\\", "")
     edit = (out / "edit.safetensors").read_bytes()
