@@ -1,6 +1,7 @@
 """Key Space Detection: what falls into the region of key space that a skill or a name occupies is declined.
 
 Nothing is erased: the edit is a detector and a refusal. What the box does not hold is answered with the very same bits.
+A detector of how requests look can be passed by one that looks different, such as an exercise behind another sentence.
 
 Method: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abstention", NAACL 2025, arXiv 2503.21730.
 Beyond it: a threshold calibrated on retain prompts to a stated false-positive rate (instead of a factor tuned per

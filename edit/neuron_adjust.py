@@ -7,6 +7,10 @@ Method: Li, Sun, Weng, "Effective Skill Unlearning through Intervention and Abst
 Beyond it: neurons by effect size (instead of the raw difference of means, which late blocks win by their scale), both
 signs, no draw at inference, and a gate with a calibrated false-positive rate, so that texts of other kinds keep their
 bits. Experts have statistics of their own.
+
+What was measured (benchmarks/skill_editors.py): the small models we ship spread a skill over so many neurons that a
+quarter to all of them have to be reflected. Without the gate that takes other skills along; with it nothing else is lost,
+but then the same statistics on other neurons often do as well: the gate selects, the neurons only break what it lets in.
 """
 
 from __future__ import annotations

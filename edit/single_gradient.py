@@ -1,7 +1,9 @@
 """Single Layer Unlearning Gradient: one step up the forget loss, in one matrix.
 
 The matrix is one on which forget prompts pull hard for its size and retain prompts pull elsewhere; the step is the
-shortest that silences the forget answers. A cheap baseline: what is spread over many matrices cannot be cut out of one.
+shortest that silences the forget answers. A cheap baseline, and for skills a good one: on the dense model we ship nearly
+all of translation goes at no cost, nearly all of sorting at the cost of a seventh of reversing. Names go only together with
+many others: what is spread over many matrices cannot be cut out of one.
 
 Method: Cai, Tan, Asif, "Targeted Unlearning with Single Layer Unlearning Gradient", ICML 2025, arXiv 2407.11867, carried
 over from image models: losses are those of answers, the measure is how many forget answers are still given.
