@@ -105,7 +105,7 @@ def appendix(kind: Kind, entry: Entry, level: int) -> str:
     """What a method's docstring adds, its options, the measured rows that name it, and where its signature is."""
     mark, parts = "#" * level, []
     if kind == "evaluation":
-        parts.append(f"{_cell(entry.summary)}\n\n{prose(entry)}")
+        parts.append(prose(entry))
     if entry.options:
         parts.append(f"{mark} Options of {entry.name}\n\n{options_table(entry)}")
     rows = measured(entry.name) if kind != "evaluation" else ""
@@ -152,12 +152,15 @@ def _family(markdown: str, family: str) -> str:
     head, *sections = re.split(r"^(?=## )", markdown, flags=re.MULTILINE)
     found = [head]
     for section in sections:
-        name = section.split("\n")[0].removeprefix("## ").strip()
-        entry = entries.pop(name, None)
-        found.append(f"{section.rstrip()}\n\n{appendix('evaluation', entry, 3)}\n\n" if entry else section)
-    for name, entry in entries.items():
-        found.append(f"## {name}\n\n{_cell(entry.summary)}\n\n{appendix('evaluation', entry, 3)}\n\n")
+        heading, _, written = section.partition("\n")
+        entry = entries.pop(heading.removeprefix("## ").strip(), None)
+        found.append(_section(entry, written) if entry else section)
+    found += [_section(entry) for entry in entries.values()]
     return "".join(found)
+
+
+def _section(entry: Entry, written: str = "") -> str:
+    return f"## {entry.name}\n\n{_cell(entry.summary)}\n\n{written.strip()}\n\n{appendix('evaluation', entry, 3)}\n\n"
 
 
 def methods_table(kind: str) -> str:

@@ -127,6 +127,8 @@ def test_nothing_is_fetched_and_no_link_is_dead(site: Path) -> None:
         for link in {html.unescape(x) for x in re.findall(r'<a[^>]+href="([^"#]+)', text)}:
             target = (site / name).parent / link
             assert link.startswith(("http", "/", "mailto:")) or name == "404.html" or target.exists(), f"{name}: {link}"
+        drawn = re.findall(r"<math.*?</math>", text, re.DOTALL)
+        assert not [m for m in drawn if "\\" in m], f"{name}: a formula with a command that is not drawn"
     styles = [p.read_text(encoding="utf-8") for p in site.rglob("*.css")]
     assert styles and not [s for s in styles if re.search(r"url\(\s*['\"]?(https?:)?//|@import", s)]
 
