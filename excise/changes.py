@@ -64,7 +64,7 @@ def changes(
             p = sign_flip(np.subtract(a, b), subjects, seed=seed)
             found.append(Change(evaluation, *place, *interval, p, p, len(a), len(set(subjects))))
     correct = holm if correction == "holm" else benjamini_hochberg
-    adjusted = correct([c.p for c in found]) if found else []
+    adjusted: Sequence[float] | np.ndarray = correct([c.p for c in found]) if found else []
     return [replace(c, adjusted=float(p)) for c, p in zip(found, adjusted, strict=True)]
 
 
