@@ -18,7 +18,7 @@ from excise.probes import cross_predict
 from excise.registry import evaluation
 from excise.scores import Score
 
-GROUPS = ("forget", "retain")
+GROUPS = ("forget", "retain", "neighbour")
 # A relation is probed when so many subjects have it and their answers fall into at least two classes.
 FEWEST = 4
 
@@ -39,8 +39,9 @@ def probe_selectivity(
     facts: Sequence[Fact],
     *,
     before: Arm,
-    wordings: int = 3,
-    limit: int = 12,
+    wordings: int = 2,
+    relations: int = 3,
+    limit: int = 40,
     ridge: float = 0.1,
     seed: int = 0,
 ) -> list[Score]:
@@ -54,11 +55,13 @@ def probe_selectivity(
     the prompt in place of a state); "majority". Each of the first three also with ", layer i". Read with `probe`, whose
     subjects are unseen, and against the oracle.
     wordings: prompts per fact, of any generative form.
+    relations: most relations that are probed; 0 for all.
     limit: most subjects per relation and group; 0 for all.
     ridge: penalty relative to the mean squared norm of the standardised states.
     seed: order of the subjects and the random classes.
     """
     tasks, left_out = _tasks(arm.model, facts, wordings, limit, seed)
+    tasks = tasks[:relations] if relations else tasks
     if not tasks:
         return left_out or nothing("no relation whose facts to forget are asked in two wordings")
     scores = list(left_out)

@@ -41,6 +41,7 @@ NEEDS_MORE = {
     "relocalized",
     "router_shift",
     "expert_rollback",
+    "fisher_erasure",
 }
 
 

@@ -12,9 +12,11 @@ from planted import carrier_model, facts_about
 
 import evals
 from evals.alignment import Sums
+from evals.fisher_erasure import masked_excess
 from evals.head_projection import candidates
 from evals.patching_recovery import entry, recovery
 from evals.patchscope import block_pairs
+from evals.probe_selectivity import control_labels
 from evals.shares import erased, halves, other_half_best, recovered_share, weighted_erasure
 from evals.states import answer_mask, states
 from evals.unlearning_depth import depths
@@ -278,3 +280,43 @@ def test_pairs_of_blocks() -> None:
     assert len(block_pairs(8, 8)) == 49
     many = block_pairs(48, 8)
     assert len(many) < 50 and (47, 47) in many and (0, 2) in many and all(t <= s + 2 for s, t in many)
+
+
+# the control task, and sensitivity
+
+
+def test_the_control_task_deals_classes_to_subjects() -> None:
+    subjects = [f"s{i // 2}" for i in range(24)]
+    labels = np.array([(i // 2) % 3 for i in range(24)])
+    dealt = control_labels(subjects, labels, 0)
+    assert (dealt != labels).any() and sorted(dealt) == sorted(labels)
+    assert all(dealt[2 * i] == dealt[2 * i + 1] for i in range(12))
+
+
+def test_a_probe_that_learns_names_has_no_selectivity() -> None:
+    """A random model says nothing of the answer, yet its states tell the names: what is read is learned by heart."""
+    arm = Arm("before", model())
+    people = [person(i, "forget" if i < 6 else "retain") for i in range(24)]
+    scores = evals.probe_selectivity(arm, people, before=arm)
+    found = {v: np.array(of(scores, v)) for v in ("accuracy", "control", "selectivity", "transfer", "majority")}
+    assert (found["selectivity"] == found["accuracy"] - found["control"]).all() and len(found["accuracy"]) == 24
+    assert (found["transfer"] == found["accuracy"]).all() and found["majority"].mean() == pytest.approx(1 / 3)
+    assert abs(found["selectivity"].mean()) < 0.35
+
+
+def test_masked_excess_by_hand() -> None:
+    before, after, oracle = torch.tensor([1.0, 1.0, 5.0, 1.0]), torch.tensor([2.0, 9.0, 5.0, 1.0]), torch.tensor([4.0, 3.0, 1.0, 1.0])  # fmt: skip
+    assert masked_excess(before, after, oracle, 0.25) == (3.0, 2.0)
+    assert masked_excess(before, before, oracle, 0.5) == (2.5, 2.5)
+    assert masked_excess(before, oracle, oracle, 0.5) == (2.5, 0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
+def test_fisher_erasure_between_before_and_oracle(family: str) -> None:
+    plain = model(family)
+    facts = knows(plain)
+    before, oracle = Arm("before", plain), Arm("oracle", plain, moved(plain, 3.0))
+    for arm, value in ((before, 0.0), (oracle, 1.0)):
+        scores = evals.fisher_erasure(arm, facts, before=before, oracle=oracle)
+        assert [s.value for s in scores] == [value] * 3
+    assert {s.value for s in evals.fisher_erasure(before, facts, before=before)} == {None}

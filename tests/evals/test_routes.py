@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from knowing import knows
-from planted import CARRIER, carrier_model
 
 import evals
 from evals.relocalized import compared
@@ -45,19 +44,22 @@ def test_profiles_by_hand() -> None:
     assert compared(0 * before, before)["flattening"] is None
 
 
-def test_the_subject_carries_the_answer_until_its_carrier_is_cut() -> None:
-    """GPT-2 whose attention of block CARRIER alone brings the subject to the end."""
-    plain = carrier_model()
+def test_without_attention_the_subject_carries_nothing() -> None:
+    plain = Model(*tiny_model("llama", layers=3))
     asked = knows(plain, 40)
     before = Arm("before", plain)
     scores = evals.relocalized(before, asked, before=before)
-    traced = of(scores, "flattening")
-    assert traced and set(traced) == {1.0} and set(of(scores, "peak moved")) == {0.0}
-    name = f"blocks.{CARRIER}.attn.W_O"
-    cut = Arm("cut", plain, Edit((Change(Site(name), Dense(-plain.weight(name).detach().clone())),)))
-    gone = evals.relocalized(cut, asked, before=before)
-    for layer in range(plain.n_layers):
-        assert of(gone, f"effect, layer {layer}") == pytest.approx([0.0] * len(of(scores, "peak")), abs=1e-5)
+    assert set(of(scores, "flattening")) == {1.0} and set(of(scores, "peak moved")) == {0.0}
+    names = [f"blocks.{i}.attn.W_O" for i in range(3)]
+    cut = Edit(tuple(Change(Site(n), Dense(-plain.weight(n).detach().clone())) for n in names))
+    gone = evals.relocalized(Arm("cut", plain, cut), asked, before=before)
+    assert of(gone, "flattening") == pytest.approx([0.0] * len(of(scores, "flattening")), abs=1e-4)
+    d = plain.names.d_model
+    still = Edit(
+        (Change(Site("blocks.1.hook_resid_post"), Affine(*(torch.zeros(x) for x in ((d, 1), (1, d), (d,), (d,))))),)
+    )
+    hooked = evals.relocalized(Arm("hook", plain, still), asked, before=before)
+    assert of(hooked, "effect, layer 0") == pytest.approx(of(scores, "effect, layer 0"), abs=1e-4)
 
 
 def test_shifts_by_hand() -> None:
