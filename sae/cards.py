@@ -11,7 +11,7 @@ from torch import Tensor
 
 from excise.lens import decode
 from excise.model import Model
-from excise.page import Raw, esc, number, table, tag
+from excise.page import Raw, document, esc, number, table, tag
 from sae.dictionary import Dictionary
 from sae.match import resolve
 from sae.reading import Text, readings
@@ -102,6 +102,12 @@ def cards(
             )
         )
     return found
+
+
+def page(shown: Sequence[FeatureCard], title: str) -> str:
+    """The cards as one HTML page that needs nothing but itself."""
+    body = [tag("h1", title), *(Raw(card._repr_html_()) for card in shown)]
+    return document(title, [tag("main", *body)])
 
 
 def _strength(stats: Sequence[FeatureStats], feature: int) -> float:

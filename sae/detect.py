@@ -47,7 +47,7 @@ def members(
     """For each subject at most `size` features: those that fire on its prompts and on the smallest share of other texts.
 
     owner[i]: number of the subject of prompts[i], from 0. Prompts are read without their answers, so that a subject is
-    known before anything is said of it; the others with theirs. A subject that no feature tells apart gets none.
+    known before anything is said of it; the others with theirs. What fires on half as many other texts or more is left out.
     """
     mine = _all_peaks(model, dictionary, prompts, answers=False)
     rows = [torch.tensor([i for i, o in enumerate(owner) if o == g]) for g in range(max(owner) + 1)]
@@ -59,7 +59,7 @@ def members(
             elsewhere[g] += (peaks > level).double().sum(0)
         read += len(peaks)
     rare = (elsewhere + 1) / (read + 2)
-    odds = torch.where((often >= OFTEN) & (often > rare), (often / rare).log(), -torch.inf)
+    odds = torch.where((often >= OFTEN) & (often > 2 * rare), (often / rare).log(), -torch.inf)
     picked = [[i for i in row.argsort(descending=True, stable=True)[:size].tolist() if row[i] > 0] for row in odds]
     return Members(
         [i for row in picked for i in row],

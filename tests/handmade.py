@@ -4,7 +4,7 @@ import torch
 
 from excise.actions import Abstain, Affine, Clamp, Dense, LowRank, Reflect, Scale, Sparse
 from excise.edits import Change, Edit
-from excise.gates import Box, Linear, Share
+from excise.gates import Box, Linear, Quorum, Share
 from excise.sites import Site
 
 
@@ -42,6 +42,7 @@ def hook_edits(model):
     resid, late = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
     shift = Affine(torch.zeros(d, 1), torch.zeros(1, d), torch.zeros(d), randn(d))
     features = (randn(d, 4, seed=5), torch.zeros(4), torch.zeros(4))
+    quorum = Quorum(Site(resid), *features, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 1, 1]), 0.8, window=3)
     return {
         "affine": Edit((Change(Site(resid, "after_bos"), Affine(0.1 * randn(d, 2), randn(2, d), randn(d), randn(d))),)),
         "reflect": Edit((Change(Site(resid), Reflect(torch.arange(8), torch.zeros(8), torch.ones(8), torch.ones(8), torch.ones(8))),)),
@@ -50,5 +51,6 @@ def hook_edits(model):
         "linear gate, sequence": Edit((Change(Site(late), shift, Linear(Site(resid), randn(d, seed=7), 1.0, "sequence")),)),
         "box gate": Edit((Change(Site(late), shift, Box(Site(resid), torch.full((d,), -1.5), torch.full((d,), 1.5), 0.7)),)),
         "share gate": Edit((Change(Site(late), shift, Share(Site(resid), *features, 0.8)),)),
+        "quorum gate": Edit((Change(Site(late), shift, quorum),)),
         "abstain": Edit((Change(Site("unembed.hook_out"), Abstain(torch.tensor([7, 8, 9])), Linear(Site(resid), randn(d, seed=7), 0.5, "sequence")),)),
     }  # fmt: skip

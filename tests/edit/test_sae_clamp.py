@@ -18,6 +18,7 @@ from excise.sites import Site
 from excise.verification import verify
 from sae.detect import quantile_above, share_gate
 from sae.load import of_sae
+from sae.reading import readings
 from tiny import tiny_model
 
 CHOSEN = [3, 17, 40]
@@ -25,6 +26,15 @@ CHOSEN = [3, 17, 40]
 
 def edit_of(book, features=CHOSEN, value=-4.0, *, share=None, mask="feature", **gate):
     opened = None if share is None else book.share(features, share, **gate)
+    return Edit((Change(Site(book.hook, "after_bos"), book.clamp(features, value, mask=mask), opened),))
+
+
+def gated(book, kind, features=CHOSEN, value=-4.0, *, mask="feature", **options):
+    """The clamp behind a share gate or a quorum of one group, each at a share that some texts reach."""
+    if kind == "share":
+        opened = book.share(features, 0.35, **options)
+    else:
+        opened = book.quorum(features, [0] * len(features), torch.linspace(0.1, 0.6, len(features)), 0.6, **options)
     return Edit((Change(Site(book.hook, "after_bos"), book.clamp(features, value, mask=mask), opened),))
 
 
@@ -89,6 +99,41 @@ class TestGate:
             assert torch.equal(torch.cat(seen, 1), expected), pieces
         assert expected.any() and not expected.all()
 
+    @pytest.mark.parametrize("window", [0, 1, 3])
+    @pytest.mark.parametrize("sticky", [False, True])
+    def test_quorum_equals_a_loop_in_whatever_pieces_it_comes(self, window, sticky):
+        """Three groups of three, one and two features; each counts whether it has fired on one of the last tokens."""
+        generator = torch.Generator().manual_seed(5)
+        fires, valid = torch.rand(6, 20, 6, generator=generator) < 0.12, torch.rand(6, 20, generator=generator) < 0.8
+        group = [0, 0, 0, 1, 2, 2]
+        gate = axes(6, HOOK).quorum(range(6), group, torch.full((6,), 0.5), 0.6, window=window, sticky=sticky)
+        x, expected = fires.float(), torch.zeros(6, 20, dtype=torch.bool)
+        for row in range(6):
+            seen, ever = [], False
+            for t in range(20):
+                if valid[row, t]:
+                    seen.append(fires[row, t])
+                last = (
+                    torch.stack(seen[-window:] if window else seen).any(0) if seen else torch.zeros(6, dtype=torch.bool)
+                )
+                passed = any(last[[i for i in range(6) if group[i] == g]].float().mean() > 0.6 for g in range(3))
+                ever |= passed
+                expected[row, t] = ever if sticky else passed
+        for pieces in ([20], [7, 13], [5, *[1] * 15], [1] * 20):
+            state, opened = GateState(), []
+            for a, v in zip(x.split(pieces, 1), valid.split(pieces, 1), strict=True):
+                opened.append(gate.open(a, v, state))
+            assert torch.equal(torch.cat(opened, 1), expected), pieces
+        assert expected.any() and not expected.all()
+
+    def test_a_level_is_more_than_firing_and_groups_do_not_add_up(self):
+        x = torch.tensor([[[0.4, 0.0], [0.6, 0.0], [0.0, 0.6]]])
+        valid = torch.ones(1, 3, dtype=torch.bool)
+        book = axes(2, HOOK)
+        for group, expected in (([0, 1], [False, True, True]), ([0, 0], [False, False, True])):
+            gate = book.quorum([0, 1], group, torch.tensor([0.5, 0.5]), 0.6)
+            assert gate.open(x, valid, GateState()).tolist() == [expected]
+
     def test_never_always_and_one_feature(self):
         book, plain = of_sae(random_sae("jumprelu")), logits(tiny())
         with applied(tiny(), edit_of(book, share=1.0)):
@@ -103,11 +148,15 @@ class TestGate:
             assert torch.equal(logits(tiny()), one)
 
     @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
-    @pytest.mark.parametrize("gate", [dict(), dict(window=5), dict(sticky=True)])
-    def test_prompt_at_once_equals_token_by_token(self, kind, gate):
+    @pytest.mark.parametrize(
+        ("gate", "options"),
+        [("share", dict()), ("share", dict(window=5)), ("share", dict(sticky=True)), ("quorum", dict(window=2)),
+         ("quorum", dict(sticky=True))],
+    )  # fmt: skip
+    def test_prompt_at_once_equals_token_by_token(self, kind, gate, options):
         """With a cache a hook sees one token at a time; its decisions must be those of the whole text."""
         book, text = of_sae(random_sae(kind)), TEXTS[3]
-        edit, ids = edit_of(book, share=0.4, **gate), tiny().encode([text]).ids
+        edit, ids = gated(book, gate, **options), tiny().encode([text]).ids
         plain = logits(tiny(), [text])
         with applied(tiny(), edit) as running:
             whole, counted = logits(tiny(), [text]), running.fired[0]
@@ -122,9 +171,10 @@ class TestGate:
         assert 0 < counted < ids.shape[1] and not torch.allclose(whole, plain, atol=1e-2)
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padded_batch_decides_as_each_text_alone(self, side):
+    @pytest.mark.parametrize("gate", ["share", "quorum"])
+    def test_padded_batch_decides_as_each_text_alone(self, side, gate):
         """Right padding must not dilute the share, left padding not exempt the wrong token."""
-        model, edit = tiny(), edit_of(of_sae(random_sae("jumprelu")), share=0.35)
+        model, edit = tiny(), gated(of_sae(random_sae("jumprelu")), gate, window=2 if gate == "quorum" else 0)
         alone, counts = [], []
         for text in TEXTS:
             with applied(model, edit) as running:
@@ -144,11 +194,27 @@ class TestGate:
             torch.testing.assert_close(together, alone[row], rtol=1e-4, atol=1e-4)
         assert sum(counts) > 0
 
-    def test_generation_is_the_same_alone_and_in_a_batch(self):
-        with applied(tiny(), edit_of(of_sae(random_sae("jumprelu")), share=0.35, sticky=True)):
+    @pytest.mark.parametrize("gate", ["share", "quorum"])
+    def test_generation_is_the_same_alone_and_in_a_batch(self, gate):
+        with applied(tiny(), gated(of_sae(random_sae("jumprelu")), gate, sticky=True, mask="all")):
             together = tiny().generate_all(TEXTS, max_new_tokens=6)
             assert together == [tiny().generate(t, max_new_tokens=6) for t in TEXTS]
         assert together != tiny().generate_all(TEXTS, max_new_tokens=6)
+
+
+def test_mask_all_changes_every_token_behind_the_gate_and_none_before():
+    book, text = of_sae(random_sae("jumprelu")), TEXTS[3]
+    gate = book.quorum(CHOSEN, [0, 0, 0], torch.zeros(3), 0.9, window=1, sticky=True)  # all three on one token
+    edit = Edit((Change(Site(book.hook, "after_bos"), book.clamp(CHOSEN, -4.0, mask="all"), gate),))
+    (r,) = readings(tiny(), [text], book.hook)
+    opened = gate.open(r.x, r.counts, GateState())
+    plain = logits(tiny(), [text])
+    with applied(tiny(), edit) as running:
+        changed = logits(tiny(), [text])
+        assert 1 < running.fired[0] == int(opened.sum()) < opened.shape[1] - 1 and opened[0, -1]
+    first = int(opened[0].long().argmax())
+    assert torch.equal(changed[:, :first], plain[:, :first])
+    assert (changed[:, first:] != plain[:, first:]).any(-1).all()
 
 
 class TestThreshold:
@@ -206,6 +272,26 @@ class TestEditor:
         assert (after[0] - before[0]).abs().max() > 0.05
         assert verify(tiny(), edit, [p for f in self.facts[0] for p in f.prompts]).ok
 
+    @pytest.mark.parametrize("gate", ["quorum", "share"])
+    def test_gates_know_planted_subjects_and_keep_other_text_to_the_bit(self, gate):
+        edit = self.made(gate=gate, window=0 if gate == "share" else 16)
+        report = edit.recipe["gate"]
+        assert report["kind"] == gate and report["fpr on retain"] == 0
+        if gate == "quorum":
+            assert sorted(zip(report["features"], report["group"], strict=True)) == [(3, 0), (7, 1)]
+            assert report["forget texts that open it"] == 1 and report["subjects without features"] == 0
+        others = ["VKV", "VVVVV", "KVK"]
+        plain = logits(tiny(), others)
+        with applied(tiny(), edit):
+            assert torch.equal(logits(tiny(), others), plain)
+
+    def test_subjects_without_features_of_their_own_cannot_be_known(self):
+        """Forgotten and kept are the same texts: nothing is rare elsewhere."""
+        same = self.facts[0]
+        with pytest.raises(ExciseError, match=r"rarely elsewhere: take gate=share"):
+            where = Localization.of(["blocks.0.hook_resid_pre.hook_sae_acts_post#3"])
+            sae_clamp(tiny(), same[:1], same[:1], where, dictionary=of_tokens(PLANTED), explained=-1e9)
+
     def test_actions(self):
         clamp, ablate, scale = (self.made(action=a, value=v).changes[0].action for a, v in
                                 (("clamp", 2.0), ("ablate", 9.0), ("scale", 0.5)))  # fmt: skip
@@ -234,7 +320,7 @@ class TestEditor:
             self.made(**options)
 
     def test_wrong_words_and_empty_sets(self):
-        for wrong in ({"action": "erase"}, {"gate": "door"}, {"mask": "all"}, {"select": "luck"}):
+        for wrong in ({"action": "erase"}, {"gate": "door"}, {"mask": "some"}, {"select": "luck"}):
             with pytest.raises(ValueError, match=r"choose|rules are"):
                 self.made(**wrong)
         with pytest.raises(ExciseError, match="forget set is empty"):
