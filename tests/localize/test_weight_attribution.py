@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from excise.model import Model
 from excise.sites import Site
 from localize import weight_attribution
 from localize.weight_attribution import element_masks, unit_matrices
+from localize.weight_elements import select
 from localize.weight_scores import Gradients, best_rows, row_effects, row_norms, row_squares, score, threshold
 
 FAMILIES = ("llama", "qwen3-moe", "gpt2", "neox")
@@ -138,6 +140,41 @@ def test_threshold_is_that_of_a_sort() -> None:
     assert threshold(lambda: iter([torch.ones(9)]), 4) == 1.0  # equal ones stay together
     mask = best_rows(torch.randn(40, 6), 0.1)
     assert mask.sum(0).tolist() == [4] * 6
+
+
+def test_the_best_share_is_that_of_a_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    dice, streamed = torch.Generator().manual_seed(0), []
+    monkeypatch.setattr("localize.weight_elements.threshold", lambda *a: streamed.append(1) or threshold(*a))
+    heavy = {"a": (400, 500), "b": (30, 70), "c": (600, 300)}
+    parts = {n: torch.randn(*shape, generator=dice).pow(3) for n, shape in heavy.items()}
+    parts["c"] = parts["c"].mT  # as stored matrices often are
+    every = torch.cat([p.flatten() for p in parts.values()]).sort(descending=True).values
+    weighing = SimpleNamespace(measure="taylor", names=tuple(parts), model=SimpleNamespace(weight=parts.__getitem__))
+
+    def scores(name: str, at: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        return parts[name] if at is None else parts[name][at]
+
+    for share in (1e-5, 1e-3, 0.03, 0.5, 0.99):
+        chosen = select(weighing, scores, share)
+        count = round(share * len(every))
+        assert chosen.threshold == every[count - 1] and not streamed
+        assert all(torch.equal(chosen.masks[n], p >= every[count - 1]) for n, p in parts.items())
+    parts = {n: (p * 0.3).round() for n, p in parts.items()}  # ties: the ones that are equal stay together
+    chosen = select(weighing, scores, 0.3)
+    assert streamed and sum(int(m.sum()) for m in chosen.masks.values()) >= 0.3 * len(every)
+    assert all(torch.equal(chosen.masks[n], p >= chosen.threshold) for n, p in parts.items())
+
+
+def test_places_of_a_gradient_are_those_of_the_whole() -> None:
+    for square in (False, True):
+        kept, dice = Gradients(4, square=square), torch.Generator().manual_seed(0)
+        at = torch.tensor([0, 5, 7]), torch.tensor([2, 0, 8])
+        for rows in (3, 12):  # kept as factors, then summed up
+            x, dy = torch.randn(2, rows, 8, generator=dice), torch.randn(2, rows, 9, generator=dice)
+            dy[:, 1] = 0  # padding
+            kept.add("W", x, dy)
+            torch.testing.assert_close(kept.mean_at("W", at), kept.mean("W", torch.zeros(8, 9))[at])
+    assert not kept.mean_at("other", at).any()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
