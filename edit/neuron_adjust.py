@@ -100,7 +100,7 @@ def neuron_adjust(
     margin = 0.0
     if rate < 1:
         points = [f"blocks.{i}.{point}" for i in thin(range(max(layers) + 1), candidates)]
-        found = detector(model, forget, retain, points, rate=rate, limit=limit, beside=[look])
+        found = detector(model, forget, retain, points, rate=rate, limit=limit, early=True, beside=[look])
         gate, report = found.gate, found.report
         # Where the gate is open, forget is likelier than retain to begin with, by the ratio of its two rates.
         margin = -math.log(report["detected"] / report["bound"])

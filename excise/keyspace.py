@@ -102,6 +102,7 @@ def detector(
     rate: float = 0.02,
     statistic: str = "linear",
     limit: int = 256,
+    early: bool = False,
     beside: Sequence[Look] = (),
 ) -> Detector:
     """The gate, at the best of `points`, that opens for at most a share `rate` of retain prompts of any kind.
@@ -118,6 +119,8 @@ def detector(
         of coordinates within two spreads of the centre, "extent" for all of them within a calibrated number of spreads
         (the box of Key Space Detection).
     limit: at most so many prompts of each region and of each kind.
+    early: take the first point whose gap between forget and retain prompts is at least half as wide as the widest,
+        instead of that one, for changes that have to come after the gate.
     beside: what else is to be looked at while these prompts pass.
 
     Raises ExciseError where there is nothing to fit or to calibrate on, and where the best point detects no more than
@@ -135,7 +138,9 @@ def detector(
         point: _calibrated(scores[0], scores[1:n], scores[n:], rate)
         for point, scores in _scores(model, regions, shares, beside).items()
     }
-    best = max(rows, key=lambda point: rows[point]["margin"])
+    widest = max(row["margin"] for row in rows.values())
+    enough = widest / 2 if early and widest > 0 else widest
+    best = next(point for point, row in rows.items() if row["margin"] >= enough)
     report = rows[best]
     hits = round(report["detected"] * report["detected on"])
     if wilson(hits, report["detected on"]).low <= report["bound"]:

@@ -91,7 +91,7 @@ def test_requests_that_cannot_be_served_say_why() -> None:
 )
 def test_a_skill_is_declined_and_nothing_else(name: str, skill: str, statistic: str) -> None:
     """On exercises that neither training nor the editor saw, and people and countries the editor was not shown."""
-    model, known = load(f"testbed:{name}"), exercises(name, skill, items=48, seed=1001)
+    model, known = load(f"testbed:{name}"), exercises(name, skill, items=32, seed=1001)
     edit = key_space(model, known.group("forget"), known.group("retain"), statistic=statistic)
 
     def said(edit: Edit | None, prompts: list[Prompt]) -> float:

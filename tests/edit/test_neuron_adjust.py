@@ -170,7 +170,7 @@ def test_requests_that_cannot_be_served_say_why() -> None:
 @pytest.mark.parametrize(("name", "skill", "share"), [("dense", "translation", 0.0), ("moe", "sorting", 1.0)])
 def test_a_skill_goes_and_nothing_else(name: str, skill: str, share: float) -> None:
     """On exercises that neither training nor the editor saw, and people and countries the editor was not shown."""
-    model, known = load(f"testbed:{name}"), exercises(name, skill, items=48, seed=1001)
+    model, known = load(f"testbed:{name}"), exercises(name, skill, items=32, seed=1001)
     edit = neuron_adjust(model, known.group("forget"), known.group("retain"), share=share)
 
     def said(edit: Edit | None, prompts: list[Prompt]) -> float:

@@ -198,6 +198,17 @@ def test_the_fit_depends_neither_on_batches_nor_on_the_order_of_calls() -> None:
     assert again.report == second.report and torch.equal(again.gate.direction, second.gate.direction)
 
 
+def test_an_early_point_is_taken_where_its_gap_is_half_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = tiny(), keyspace._calibrated
+    forget, retain = sentences(24, 0, relation="planted", name="Q"), sentences(60, 0, relation="b")
+    for margins, best, early in (((0.2, 0.5, 0.6), 2, 1), ((0.3, 0.2, 0.6), 2, 0), ((0.1, 0.6, 0.2), 1, 1)):
+        for wanted, option in ((best, False), (early, True)):
+            given = iter(margins)
+            monkeypatch.setattr(keyspace, "_calibrated", lambda *a, g=given: plain(*a) | {"margin": next(g)})
+            monkeypatch.setattr(keyspace, "wilson", lambda *_: Interval(1.0, 1.0, 1.0))
+            assert detector(model, forget, retain, POINTS, rate=0.05, early=option).report["point"] == POINTS[wanted]
+
+
 def test_requests_that_cannot_be_served_say_why() -> None:
     model, some = tiny(), sentences(8, 0, relation="a")
     with pytest.raises(ExciseError, match="nothing to detect"):
