@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class _Ready(Model):
 
     rows: Batch
 
-    def batches(self, prompts: Any, *, answers: bool = False, tokens: int | None = None) -> Any:
+    def batches(self, prompts: Any, **_: Any) -> Any:
         """The one batch there is."""
         yield list(range(len(self.rows))), self.rows
 
@@ -174,7 +174,8 @@ def memory_job(job: str, shape: str, args: argparse.Namespace) -> dict[str, int]
     Weighing(model, "taylor", "matrix", names[:1], 1.0, LENGTH, Kept()).sums(few)
     if job == "pass":
         return {"above": peak(model, lambda: flow(model, model.rows, names, lambda *_: None)), "gradient": one}
-    weighing = Weighing(model, "taylor", job, names, 1.0, LENGTH * ROWS, Kept())
+    per: Literal["element", "matrix"] = "element" if job == "element" else "matrix"
+    weighing = Weighing(model, "taylor", per, names, 1.0, LENGTH * ROWS, Kept())
     work = partial(_chosen, weighing, model) if job == "element" else partial(weighing.sums, model.rows)
     return {"above": peak(model, work), "gradient": one}
 

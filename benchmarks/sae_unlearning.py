@@ -1,12 +1,14 @@
 """What SAE clamping forgets, what it damages, and what brings the knowledge back.
 
-    python benchmarks/sae_unlearning.py [--quick] [--seeds 5005 6006 7007] [--model dense]
+    python benchmarks/sae_unlearning.py [--quick] [--model moe] [--seeds 5005 6006 7007] [--skills addition sorting translation]
 
-Curves: static clamp, dynamic guardrail, ablation of difference-of-means directions, and random features of equal firing
-rate, each over a range of strengths, on people drawn by seeds that no default was chosen on. Forgetting is one minus the
-share of answers still given in full; damage is what other people, name-sharers and general text lose. Attacks on the
-guardrail: wordings and forms held out of training and of selection, dilution by harmless text, knowledge read from what the
-dictionary does not explain, relearning on half of what was forgotten, and taking the hook off.
+Curves: static clamp, guardrail (features of one subject) and the published one (share of tokens), ablation of
+difference-of-means directions, and random features of equal firing rate, each over a range of strengths. People to forget
+are drawn from those of whom no default has seen one as a person to forget; domains are whole skills. Forgetting is one minus
+the share of answers still given in full; damage is what other people, name-sharers, other skills and general text lose; half
+of the people to keep are not shown to the editor. Attacks on the guardrail: wordings and forms held out of training and of
+selection, choices, backward questions, dilution by harmless text, a person to keep in the same text, knowledge read from what
+the dictionary does not explain, relearning on half of what was forgotten, and taking the hook off.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,31 +38,38 @@ from excise.edits import Change, Edit
 from excise.facts import GENERATIVE_FORMS, Facts, Prompt
 from excise.model import Model, load
 from excise.probes import cross_predict
-from excise.resampling import Interval, bootstrap_mean
+from excise.resampling import Interval, bootstrap_difference, bootstrap_mean
 from excise.sites import Site
 from excise.testbed import facts, general_text, world_of
-from excise.testbed.dataset import known_fact
+from excise.testbed.dataset import exercises, known_fact
 from excise.testbed.vocabulary import PERSON_RELATIONS
 from sae.dictionary import Dictionary
 from sae.load import load as load_dictionary
-from sae.reading import readings
+from sae.reading import after, readings
 from sae.select import matched
 from sae.statistics import statistics
 
-STRENGTHS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+STRENGTHS = (0.5, 1.0, 2.0, 5.0, 10.0)
 SHARES = (0.5, 1.0, 2.0)  # how much of the direction is taken out; 1 is ablation
 DEVELOPMENT = range(10)  # seeds that defaults were chosen on
 KEEPS, FORGETS, LOSES = 0.99, 0.90, 0.01
-LIMIT, PREFIX, STEPS = 192, 160, 20
+LIMIT, PEOPLE, STEPS = 96, 8, 20
+# What a text of a skill looks like: none of them is among the texts to keep when the skill is forgotten.
+SIGNS: dict[str, Any] = {
+    "addition": re.compile(r"\d \+ \d|plus").search, "sorting": re.compile(r"Sort").search,
+    "reversing": re.compile(r"Reverse").search, "translation": re.compile(r"Translate").search,
+    "copying": re.compile(r"Again").search,
+}  # fmt: skip
 
 
 @dataclass
 class Case:
-    """One model and one draw of people."""
+    """One model and one request: a draw of people, or a skill."""
 
     name: str
     seed: int
     limit: int
+    skill: str = ""
 
     @cached_property
     def model(self) -> Model:
@@ -70,18 +81,27 @@ class Case:
 
     @cached_property
     def known(self) -> Facts:
-        return facts(self.name, seed=self.seed, retain=40, neighbours=24, unknown=0, general=0)
+        if self.skill:
+            return exercises(self.name, self.skill, seed=self.seed, unknown=0)
+        # The people whom the oracle never met are those of the development seeds.
+        chosen = random.Random(self.seed).sample(world_of(self.name).retain_people, PEOPLE)
+        return facts(self.name, seed=self.seed, forget=chosen, retain=40, neighbours=24, unknown=0, general=0)
 
     @cached_property
     def texts(self) -> list[str]:
-        return general_text(self.name, 400, seed=self.seed, exclude=self.known.group("forget").subjects)
+        exclude = [s for s in self.known.group("forget").subjects if s]
+        found = general_text(self.name, 800 if self.skill else 400, seed=self.seed, exclude=exclude)
+        return [t for t in found if not self.skill or not SIGNS[self.skill](t)][:400]
 
     def prompts(self, group: str, held_out: bool) -> list[Prompt]:
-        """A fixed draw of generative prompts of a group; of people to keep, only those the editor was not told of."""
+        """A fixed draw of generative prompts of a group; of what is to be kept, only what the editor was not told of."""
         asked = self.known.group(group)
-        if group != "forget":
-            asked = asked.where(lambda f: f.subject not in self.told)
-        every = asked.prompts(*GENERATIVE_FORMS, held_out=held_out)
+        if self.skill and group == "retain":  # other people and places; or exercises of other skills
+            every = asked.prompts(held_out=True) if held_out else self.known.group("general").prompts(*GENERATIVE_FORMS)
+        else:
+            if group != "forget":
+                asked = asked.where(lambda f: f.subject not in self.told)
+            every = asked.prompts(*GENERATIVE_FORMS, held_out=held_out)
         order = np.random.default_rng(self.seed).permutation(len(every))[: self.limit]
         return [every[i] for i in sorted(order)]
 
@@ -92,16 +112,19 @@ class Case:
 
     def fit(self, **options: Any) -> Edit:
         """The edit of `sae_clamp`."""
-        told = self.known.group("retain", "neighbour").where(lambda f: f.subject in self.told)
+        told = self.known.group("retain", "neighbour")
+        if not self.skill:
+            told = told.where(lambda f: f.subject in self.told)
         return sae_clamp(self.model, self.known.group("forget"), told, None, texts=self.texts[100:], **options)
 
 
 def strengths(case: Case) -> Iterator[tuple[str, float, Edit]]:
     """Every method at every strength."""
     static = case.fit(select="sparsity", gate="none", mask="feature", value=1.0)
-    guard = case.fit(value=1.0)
+    guard, published = (case.fit(value=1.0, **options) for options in ({}, {"gate": "share", "mask": "token"}))
     twin = random_features(case, static)
-    for method, edit in (("static", static), ("guardrail", guard), ("random features", twin)):
+    methods = {"static": static, "guardrail": guard, "published guardrail": published, "random features": twin}
+    for method, edit in methods.items():
         for s in STRENGTHS:
             (change,) = edit.changes
             assert isinstance(change.action, Clamp)
@@ -125,9 +148,10 @@ def mean_directions(case: Case, share: float) -> Edit:
     """Takes `share` of the span of the difference of means, one direction per person, out of every token."""
     told = case.known.group("retain").prompts(held_out=False)
     centre = mean_state(case, told)
+    forget = case.known.group("forget")
     rows = [
-        mean_state(case, Facts(f for f in case.known if f.subject == s).prompts(held_out=False)) - centre
-        for s in case.known.group("forget").subjects
+        mean_state(case, Facts(f for f in forget if f.subject == s).prompts(held_out=False)) - centre
+        for s in forget.subjects
     ]
     basis = torch.linalg.qr(torch.stack(rows).T).Q
     action = Affine(basis, -share * basis.T.contiguous(), centre, torch.zeros_like(centre))
@@ -146,6 +170,11 @@ def answered(arm: Arm, prompts: Sequence[Prompt]) -> np.ndarray:
     return np.array([float(a.exact) for a in arm.answers(prompts)])
 
 
+def owners(prompts: Sequence[Prompt]) -> list[str]:
+    """What varies: the person asked about, or the exercise."""
+    return [p.subject or p.text for p in prompts]
+
+
 def curve_point(case: Case, arm: Arm, plain: Arm) -> dict[str, Any]:
     """Scores by group, with the subject of each, and the change of the loss on text nobody was fitted on."""
     found: dict[str, Any] = {}
@@ -153,7 +182,7 @@ def curve_point(case: Case, arm: Arm, plain: Arm) -> dict[str, Any]:
         for held in (False, True):
             prompts = case.prompts(group, held)
             key = group + (" held out" if held else "")
-            found[key] = [answered(arm, prompts).tolist(), [p.subject for p in prompts]]
+            found[key] = [answered(arm, prompts).tolist(), owners(prompts)]
     if plain is arm:
         found["loss"] = 0.0
     else:
@@ -198,15 +227,27 @@ def flipped(share: Interval) -> list[float]:
 
 
 def diluted(case: Case, arms: dict[str, Arm]) -> dict[str, Any]:
-    """Answers after a long harmless text; only those that the unedited model still gives there are asked."""
-    filler = ""
-    for text in case.texts[:100]:
-        if len(case.model.tokenizer(filler)["input_ids"]) > PREFIX:
-            break
-        filler += ("" if not filler else "\n") + text
-    asked = [replace(p, text=f"{filler}\n{p.text}") for p in case.prompts("forget", False) if not p.chat]
-    known = [p for p, v in zip(asked, answered(Arm("plain", case.model), asked), strict=True) if v]
-    return {name: [answered(arm, known).tolist(), [p.subject for p in known]] for name, arm in arms.items()}
+    """Answers after one or two harmless texts of which the editor saw none; only those that the unedited model still gives
+    there are asked. The embedded models were taught one text at a time: after more they know nothing any longer."""
+    asked = after(case.model, [*case.prompts("forget", False), *case.prompts("forget", True)], case.texts[:100])
+    prompts = [p for p in asked if isinstance(p, Prompt)]
+    known = [p for p, v in zip(prompts, answered(Arm("plain", case.model), prompts), strict=True) if v]
+    return {name: [answered(arm, known).tolist(), owners(known)] for name, arm in arms.items()}
+
+
+def by_form(case: Case, guard: Edit) -> dict[str, Any]:
+    """Answers to the forms that a guard on a name may miss, and answers about people to keep after a forgotten one."""
+    arm, forget = Arm("guarded", case.model, guard), case.known.group("forget")
+    found = {}
+    for form in ("choice", "reversed"):
+        prompts = forget.prompts(form)
+        found[form] = [answered(arm, prompts).tolist(), owners(prompts)]
+    told = [p for p in case.prompts("retain", False) if not p.chat]
+    before = [p for p in forget.prompts("statement", held_out=False)][: len(told)]
+    mixed = [replace(p, text=f"{b.text} {b.answer}.<|eos|>{p.text}") for p, b in zip(told, before, strict=False)]
+    known = [p for p, v in zip(mixed, answered(Arm("plain", case.model), mixed), strict=True) if v]
+    found["people to keep, after a forgotten one"] = [answered(arm, known).tolist(), owners(known)]
+    return found
 
 
 def read_out(case: Case, guard: Edit) -> dict[str, Any]:
@@ -298,29 +339,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", default="dense", choices=("dense", "moe"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5005, 6006, 7007])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[5005, 6006, 7007])
+    parser.add_argument("--skills", nargs="*", default=["addition", "sorting", "translation"], choices=list(SIGNS))
     args = parser.parse_args()
-    cases = [Case(args.model, s, 48 if args.quick else LIMIT) for s in (args.seeds[:1] if args.quick else args.seeds)]
+    if args.quick:
+        args.seeds, args.skills = args.seeds[:1], []
+    people = [Case(args.model, s, 32 if args.quick else LIMIT) for s in args.seeds]
+    skills = [Case(args.model, 5005, LIMIT, skill) for skill in args.skills]
+    results, found = {}, []
+    for title, cases in (("people", people), ("skills", skills)):
+        if cases:
+            results[title] = measured(title, cases, quick=args.quick)
+            found += bars(title, *results[title].values())
+    settings = vars(args) | {"development seeds": list(DEVELOPMENT)}
+    print(json.dumps({"benchmark": "sae_unlearning", "settings": settings, "results": results, "bars": found}))
+
+
+def measured(title: str, cases: Sequence[Case], *, quick: bool) -> dict[str, Any]:
+    """Curves and attacks over some cases, printed as they come."""
     points: dict[str, list[dict[str, Any]]] = {}
-    gates, attacks = [], {"dilution": [], "probe": [], "relearning": []}  # type: ignore[var-annotated]
+    attacks: dict[str, list[dict[str, Any]]] = {}
+    gates = []
     for case in cases:
         plain = Arm("plain", case.model)
         points.setdefault("before", []).append(curve_point(case, plain, plain))
         for method, s, edit in strengths(case):
-            if args.quick and s not in (1.0, 5.0):
-                continue
-            points.setdefault(f"{method} {s:g}", []).append(curve_point(case, Arm(method, case.model, edit), plain))
-        guard = case.fit()
-        gates.append(guard.recipe["gate"])
+            if not quick or s in (1.0, 5.0):
+                points.setdefault(f"{method} {s:g}", []).append(curve_point(case, Arm(method, case.model, edit), plain))
+        guard, static = case.fit(), case.fit(select="sparsity", gate="none", mask="feature", value=1.0)
         points.setdefault("guardrail, defaults", []).append(curve_point(case, Arm("guard", case.model, guard), plain))
-        windowed = case.fit(window=16)
-        points.setdefault("guardrail, window 16", []).append(curve_point(case, Arm("w", case.model, windowed), plain))
-        arms = {n: Arm(n, case.model, e) for n, e in (("guardrail", guard), ("guardrail, window 16", windowed))}
-        attacks["dilution"].append(diluted(case, arms))
-        attacks["probe"].append(read_out(case, guard))
-        attacks["relearning"].append(relearned(case, guard))
+        gates.append({k: v for k, v in guard.recipe["gate"].items() if k not in ("features", "group")})
+        if case.skill:
+            continue
+        arms = {n: Arm(n, case.model, e) for n, e in (("guardrail", guard), ("static 1", static))}
+        for kind, row in (("dilution", diluted(case, arms)), ("forms", by_form(case, guard)),
+                          ("probe", read_out(case, guard)), ("relearning", relearned(case, guard))):  # fmt: skip
+            attacks.setdefault(kind, []).append(row)
     curves = {name: summary(found) for name, found in points.items()}
-    show("forgetting against damage", curves)
+    show(f"{title}: forgetting against damage", curves)
     broken = {
         kind: {
             name: {"answered": list(pooled(found, name)), "n": sum(len(f[name][0]) for f in found)} for name in found[0]
@@ -329,37 +385,71 @@ def main() -> None:
     }
     for kind, rows in broken.items():
         show(kind, rows)
-    print(json.dumps({"benchmark": "sae_unlearning", "settings": vars(args) | {"development seeds": list(DEVELOPMENT)},
-                      "results": {"curves": curves, "attacks": broken, "gates": gates}, "bars": bars(curves, broken)}))  # fmt: skip
+    return {"curves": curves, "attacks": broken, "versus": versus(points, curves), "gates": gates}
 
 
-def bars(curves: dict[str, Any], attacks: dict[str, Any]) -> list[dict[str, Any]]:
+def versus(points: dict[str, list[dict[str, Any]]], curves: dict[str, Any]) -> dict[str, Any]:
+    """For each rival: its strongest harmless setting (chosen here, in its favour) and what the guardrail's defaults forget
+    more, in pairs."""
+    found: dict[str, Any] = {}
+    ours = flat(points["guardrail, defaults"])
+    for rival in ("static", "published guardrail", "difference of means", "random features"):
+        allowed = {n: c["forgotten"][0] for n, c in curves.items() if n.startswith(rival) and harmless(c)}
+        if allowed:
+            best = max(allowed, key=lambda n: allowed[n])
+            theirs = flat(points[best])
+            gap = bootstrap_difference(theirs[0], ours[0], ours[1])
+            found[rival] = {"setting": best, "forgotten": curves[best]["forgotten"], "gap": list(gap)}
+        else:
+            found[rival] = {
+                "setting": "none is harmless",
+                "forgotten": [0.0] * 3,
+                "gap": curves["guardrail, defaults"]["forgotten"],
+            }
+    show(
+        "the guardrail forgets more than the strongest harmless setting of",
+        {n: {"setting": r["setting"], "gap": r["gap"]} for n, r in found.items()},
+    )
+    return found
+
+
+def flat(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[str]]:
+    """Answers to what is to be forgotten and whose they are, over all cases."""
+    values = [v for p in points for g in EVERY_FORGET for v in p[g][0]]
+    return values, [f"{i} {s}" for i, p in enumerate(points) for g in EVERY_FORGET for s in p[g][1]]
+
+
+def bars(
+    title: str, curves: dict[str, Any], attacks: dict[str, Any], rivals: dict[str, Any], gates: Any
+) -> list[dict[str, Any]]:
     """One entry per figure that is asked for."""
     default = curves["guardrail, defaults"]
-    loss = default["loss"]
-
-    def best(method: str) -> list[float]:
-        allowed = [c for name, c in curves.items() if name.startswith(method) and harmless(c)]
-        return max((c["forgotten"] for c in allowed), default=[0.0, 0.0, 0.0])
-
-    ours, theirs = best("guardrail"), best("static")
+    found = [
+        bar(f"{title}: forgotten, all forms", default["forgotten"], FORGETS),
+        bar(f"{title}: forgotten, held-out wordings and forms", default["forgotten held out"], FORGETS),
+        bar(f"{title}: others kept", default["others"], KEEPS),
+        bar(f"{title}: relative change of general loss", [default["loss"]] * 3, LOSES, at_most=True),
+        bar(f"{title}: forgotten beyond the strongest harmless static clamp", rivals["static"]["gap"], 0.0),
+    ]
+    if not attacks:
+        return found
+    error = attacks["probe"]["error term"]["answered"][0] - attacks["probe"]["chance"]["answered"][0]
     return [
-        bar("guardrail: forgotten, all forms", default["forgotten"], FORGETS),
-        bar("guardrail: forgotten, held-out wordings and forms", default["forgotten held out"], FORGETS),
-        bar("guardrail: other people kept", default["retain"], KEEPS),
-        bar("guardrail: name-sharers kept", default["neighbour"], KEEPS),
-        bar("guardrail: relative change of general loss", [loss, loss, loss], LOSES, at_most=True),
-        bar("guardrail minus static: forgotten where others keep 0.99 and loss 1 %",
-            [ours[0] - theirs[0], ours[1] - theirs[2], ours[2] - theirs[1]], 0.0),
+        *found,
         bar("answers after dilution by harmless text", attacks["dilution"]["guardrail"]["answered"], 0.1, at_most=True),
-        bar("answers read by a probe in the error term, minus chance",
-            [attacks["probe"]["error term"]["answered"][0] - attacks["probe"]["chance"]["answered"][0]] * 3, 0.1, at_most=True),
-    ]  # fmt: skip
+        bar("answers read by a probe in the error term, beyond chance", [error] * 3, 0.1, at_most=True),
+        bar(
+            "answers after relearning on others",
+            attacks["relearning"][f"{STEPS} steps, others"]["answered"],
+            0.1,
+            at_most=True,
+        ),
+    ]
 
 
 def harmless(curve: dict[str, Any]) -> bool:
     """Whether an arm stays within the damage that is allowed."""
-    return curve["retain"][0] >= KEEPS and curve["loss"] <= LOSES
+    return curve["others"][0] >= KEEPS and curve["loss"] <= LOSES
 
 
 if __name__ == "__main__":

@@ -64,10 +64,8 @@ def request(name: str, task: str, seed: int) -> tuple[Facts, Questions]:
         held = {s: [p for f in known if f.tags.get("skill") == s for p in f.ask(held_out=True)] for s in SKILLS}
         asked = {"target": held.pop(task)} | held
         told = known.group("general")
-        asked |= {
-            g: told.where(lambda f, n=n: f.subject.count(" ") == n).prompts()[::4]
-            for n, g in ((1, "people"), (0, "places"))
-        }
+        for words, group in ((1, "people"), (0, "places")):
+            asked[group] = Facts(f for f in told if f.subject.count(" ") == words).prompts()[::4]
     draw = random.Random(seed)
     behind = [replace(p, text=f"{general_sentence(draw)} {p.text}") for p in asked["target"]]
     return shown, asked | {"target, behind a sentence": behind}

@@ -90,7 +90,7 @@ def synaptic_dampening(
                 )
     found = dict(sorted(found.items()))
     if alpha or share:
-        edit, tried = _shrunk(model, found, alpha, dampening), []
+        edit, tried = _shrunk(model, found, alpha, dampening), list[dict[str, float]]()
     else:
         edit, tried = _searched(model, found, thin(asked[0], ASKED), aim, dampening)
     if not edit.changes:

@@ -143,7 +143,8 @@ def _shares(items: Sequence[Item], old: Tensor, new: Tensor, variant: str, detai
 
 
 def _attributions(arm: Arm, before: Arm, book: Dictionary, items: Sequence[Item], chosen: Sequence[int]) -> list[Score]:
-    return _shares(items, *(_pull(a, book, items)[:, list(chosen)].sum(1) for a in (before, arm)), "attribution")
+    old, new = (_pull(a, book, items)[:, list(chosen)].sum(1) for a in (before, arm))
+    return _shares(items, old, new, "attribution")
 
 
 def _pull(arm: Arm, book: Dictionary, items: Sequence[Item]) -> Tensor:

@@ -114,7 +114,7 @@ def descend(model: Model, loss: Callable[[int], Tensor], by: Full | LowRank, ste
             p.requires_grad_(True)
         try:
             with torch.enable_grad():
-                loss(step).backward()  # type: ignore[no-untyped-call]
+                loss(step).backward()
             by.step()
         finally:
             for p, asked in zip(every, asking, strict=True):
