@@ -320,3 +320,28 @@ def test_fisher_erasure_between_before_and_oracle(family: str) -> None:
         scores = evals.fisher_erasure(arm, facts, before=before, oracle=oracle)
         assert [s.value for s in scores] == [value] * 3
     assert {s.value for s in evals.fisher_erasure(before, facts, before=before)} == {None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_embedded_models_that_know_and_that_never_learned(name: str) -> None:
+    """People that nothing was tuned on; the oracle was trained apart, so its states are translated."""
+    from excise.model import load
+    from excise.testbed import facts as people
+
+    known = people(name, people=3, seed=4004, retain=24, neighbours=8)
+    before, oracle = Arm("before", load(f"testbed:{name}")), Arm("oracle", load(f"testbed:{name}-oracle"))
+
+    def mean(method, arm: Arm, variant: str) -> float:
+        options = {"oracle": oracle} if method is not evals.head_projection and method is not evals.patchscope else {}
+        return float(np.mean(of(method(arm, known, before=before, limit=12, **options), variant)))
+
+    for method, variant, ends in (
+        (evals.lens_erasure, "erasure", (0.0, 1.0)),
+        (evals.unlearning_depth, "depth", (0.0, 1.0)),
+        (evals.unlearning_depth, "depth without the last block", (0.0, 1.0)),
+        (evals.linear_recovery, "recovered share", (1.0, 0.0)),
+    ):
+        assert (mean(method, before, variant), mean(method, oracle, variant)) == ends, variant
+    for method, variant in ((evals.head_projection, "projection, 4"), (evals.patchscope, "hit@1")):
+        assert mean(method, before, variant) > 0.9 and mean(method, oracle, variant) < 0.5, variant
