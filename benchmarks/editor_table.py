@@ -196,7 +196,7 @@ def control_of(bench: Bench, edit: Edit, harmed: float) -> tuple[Edit, float]:
     for strength in STRENGTHS:
         try:
             stronger = twin if strength == 1.0 else twin.scaled(strength)
-        except ExciseError:  # what has no strength, such as an answer given instead
+        except (ExciseError, ValueError):  # what has no strength, such as an answer given instead
             return twin, 1.0
         if bench.kept(Arm("control", bench.model, stronger)) <= harmed + AS_HARMFUL:
             return stronger, strength
