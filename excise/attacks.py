@@ -17,6 +17,8 @@ ANY = "any"
 BEST = "best"
 # Share of the attacks named as working that may be named so by chance.
 RATE = 0.05
+# What needs the model before the edit tells where knowledge lies; nobody who has it needs to attack.
+DIAGNOSES = ("weight_diff", "interpolation")
 # With fewer people than this, signs of whole people could never be telling, so those of facts are flipped.
 PEOPLE = 6
 # An attack that a guess can meet shows nothing where there is no model that never knew to guess too.
@@ -51,7 +53,7 @@ def attacks(results: Results, who: Mapping[str, str]) -> list[Attack]:
     found = [
         (name, variant, drawn)
         for name in results.evaluations
-        if family(name) == "elicitation" and ("oracle" in who or name not in GUESSABLE)
+        if is_attack(name) and ("oracle" in who or name not in GUESSABLE)
         for variant in _variants(results, who["edited"], name)
         if (drawn := _drawn(results, who, name, variant)) is not None
     ]
@@ -60,6 +62,11 @@ def attacks(results: Results, who: Mapping[str, str]) -> list[Attack]:
     adjusted = benjamini_hochberg([p for *_, (_, p) in found])
     made = [Attack(n, v, change, float(p)) for (n, v, (change, _)), p in zip(found, adjusted, strict=True)]
     return sorted(made, key=lambda a: -a.change.value)
+
+
+def is_attack(name: str) -> bool:
+    """Whether an evaluation tries to get at the facts with no more than the edited model."""
+    return family(name) == "elicitation" and name not in DIAGNOSES
 
 
 def _variants(results: Results, arm: str, name: str) -> list[str]:

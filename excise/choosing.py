@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from excise.arms import Arm
-from excise.attacks import ANY
+from excise.attacks import ANY, is_attack
 from excise.edits import Edit
 from excise.files import write_text
 from excise.progress import say
-from excise.registry import family
 from excise.scores import Results, Score
 from excise.search import Search
 from excise.trials import Trial, distance, front
@@ -88,7 +87,7 @@ def audit_figures(results: Results, arm: str) -> dict[str, float]:
 
 def _drawn(scores: Sequence[Score], evaluation: str) -> float | None:
     """Mean of an attack over the facts to forget, of its worst case where it has one; None for what is no attack."""
-    if family(evaluation) != "elicitation":
+    if not is_attack(evaluation):
         return None
     mine = [s for s in scores if s.group == "forget" and s.value is not None]
     worst = [s for s in mine if s.variant == ANY] or mine

@@ -13,10 +13,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from excise.attacks import GUESSABLE, attacks
+from excise.attacks import GUESSABLE, attacks, is_attack
 from excise.comparison import by_prompt, roles
 from excise.findings import FORMS
-from excise.registry import family
 from excise.scores import Results, Score
 
 Word = Literal[
@@ -160,7 +159,7 @@ def _more_than_guessed(said: Sequence[tuple[Any, ...]], known: Sequence[tuple[An
 def _looks(results: Results, who: Mapping[str, str]) -> list[str]:
     """Evaluations that look at single facts: attacks, and tools that look inside. Guesses count only beside an oracle."""
     inside, guess = {name for name, *_ in INSIDE}, () if "oracle" in who else GUESSABLE
-    names = [name for name in results.evaluations if name in inside or family(name) == "elicitation"]
+    names = [name for name in results.evaluations if name in inside or is_attack(name)]
     return [name for name in names if name not in guess]
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from excise import attacks as beside
-from excise import fates as module
 from excise.fates import counted, fates
 from excise.findings import recovered
 from excise.scores import Results, Score
@@ -16,8 +15,7 @@ WHO = {"before": "before", "edited": "edited", "oracle": "oracle"}
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     family = {"relearning": "elicitation", "few_shot": "elicitation", "lens": "intrinsic"}.get
-    for where in (module, beside):
-        monkeypatch.setattr(where, "family", lambda name: family(name) or "behavioural")
+    monkeypatch.setattr(beside, "family", lambda name: family(name) or "behavioural")
 
 
 def recall(said, group="forget"):
@@ -92,7 +90,6 @@ def test_a_lucky_hit_of_an_attack_that_does_not_work_is_no_recovery(monkeypatch)
     facts = [f"f{i}" for i in range(20)]
     scores = planted(**dict.fromkeys(facts, ()))
     names = ("few_shot", "relearning", "third")
-    monkeypatch.setattr(module, "family", lambda name: "elicitation" if name in names else "")
     monkeypatch.setattr(beside, "family", lambda name: "elicitation" if name in names else "")
     for count, word in ((1, "no longer stated"), (3, "suppressed (recoverable)")):
         for name in names[:count]:
