@@ -98,11 +98,16 @@ def write_facts(path: str | Path, facts: Sequence[Fact]) -> Path:
 def as_record(fact: Fact) -> Record:
     """The fact as one of our own records, empty fields left out."""
     record: Record = {"id": fact.id, "subject": fact.subject, "answer": fact.answer, "group": fact.group}
-    record |= {k: v for k in ("relation", "aliases", "foils", "tags") if (v := getattr(fact, k))}
+    record |= {k: _plain(v) for k in ("relation", "aliases", "foils", "tags") if (v := getattr(fact, k))}
     record["prompts"] = [
-        {k: v for k in PROMPT_FIELDS if (v := getattr(p, k)) or k in ("text", "answer")} for p in fact.prompts
+        {k: _plain(v) for k in PROMPT_FIELDS if (v := getattr(p, k)) or k in ("text", "answer")} for p in fact.prompts
     ]
     return record
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def from_record(record: Any, fallback: str) -> list[Fact]:
@@ -110,7 +115,8 @@ def from_record(record: Any, fallback: str) -> list[Fact]:
     if not isinstance(record, dict):
         raise ValueError(f"a record must be an object in braces, not {type(record).__name__}")
     reader = reader_of(record)
-    found = [_own(record)] if reader is None else reader(record, fallback)
+    # Through our own form, so that whatever is read can be written and read again.
+    found = [_own(record)] if reader is None else [_own(as_record(fact)) for fact in reader(record, fallback)]
     for fact in found:
         for prompt in fact.prompts:
             prompt.span  # noqa: B018  raises when the subject does not occur in the text

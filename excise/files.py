@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` when the block ends well, and disappears when it does not."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    target, temporary = Path(path), None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -47,7 +47,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
             f"{target}: could not write it ({error.strerror or error}); free some space or choose another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -89,7 +90,10 @@ def read_container(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[st
     header = inspect(path)
     if header["kind"] != kind:
         raise DamagedFile(f"{path}: holds {header['kind']!r}, and {kind!r} is wanted here")
-    return header, load_file(path)
+    try:
+        return header, load_file(path)
+    except Exception as error:  # safetensors raises its own type
+        raise DamagedFile(f"{path}: not a whole safetensors file ({error}); make it again or copy it again") from error
 
 
 def save_edit(edit: Edit, path: str | Path) -> Path:

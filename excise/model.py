@@ -262,11 +262,18 @@ def _from_pretrained(
             dtype=DTYPES.get(dtype, dtype) or "auto",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             **placing,
             **shared,
         )
     except Exception as error:  # a broken file can make any part of these libraries fail, in any way
         raise _not_loaded(name, folder, error) from error
+    if told["mismatched_keys"]:
+        parameter, stored, wanted = min(told["mismatched_keys"])
+        raise DamagedFile(
+            f"{name}: its checkpoint holds {parameter} as {list(stored)}, and its config.json asks for {list(wanted)}; "
+            "copy it again or mend the config"
+        )
     if told["missing_keys"]:
         raise DamagedFile(
             f"{name}: its checkpoint lacks {len(told['missing_keys'])} parameters that its config.json asks for "
@@ -281,7 +288,9 @@ def _not_loaded(name: str, folder: str, error: Exception) -> Exception:
     """What to say of a model that could not be loaded: not there, damaged, or too large for this machine."""
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return error
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+    # The first sentence: what follows is advice for other callers than ours.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(lines[: 1 + lines[0].endswith(":")])
     if not isinstance(error, (OSError, ValueError)):
         reason = f"{type(error).__name__}: {reason}"
     if (Path(folder) / "config.json").is_file():

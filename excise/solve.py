@@ -136,10 +136,13 @@ def solve_edit(
     level: what the ridge multiplies, instead of the above. Requests that come one by one add up to the joint solution
         when all are solved at the level of the first, with earlier keys protected.
     rank: keep at most this many factors of the residuals (singular values of the change), None for all.
-    Raises ValueError when keys are so nearly parallel that the hard system exceeds `max_condition`, and for NaN.
+    Raises ValueError when keys are so nearly parallel that the hard system exceeds `max_condition`, for NaN, and for a negative
+    ridge.
 
     dW_b = M_b^-1 K_b^T (sum_b K_b M_b^-1 K_b^T + ridge I)^-1 R   (closed_form_edits, section 2; rows are keys)
     """
+    if not 0 <= ridge < float("inf"):
+        raise ValueError(f"a ridge of {ridge} is none; give a number from 0 on")
     n = len(residuals)
     stacked = {b: torch.cat([k, protect[b]]).double() if protect is not None else k.double() for b, k in keys.items()}
     wanted = torch.cat(

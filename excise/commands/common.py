@@ -164,7 +164,10 @@ def typed(args: argparse.Namespace) -> str:
 
 def print_json(value: Any) -> None:
     """Exactly one JSON object on stdout; what is not a number is null, since JSON knows no NaN."""
-    print(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    if any("\ud800" <= c <= "\udfff" for c in text):  # half a character: no stream takes it as it is
+        text = json.dumps(_finite(value), allow_nan=False)
+    print(text)
 
 
 def _finite(value: Any) -> Any:

@@ -84,7 +84,10 @@ def _best(sites: Sequence[str], scores: Any, top: int) -> list[dict[str, Any]]:
 
 
 def _print(part: dict[str, Any]) -> None:
-    print(f"{part['path']}: {part['kind']}" + (f" ({part['mode']})" if "mode" in part else ""))
+    print(
+        f"{common.printable(part['path'])}: {common.printable(part['kind'])}"
+        + (f" ({part['mode']})" if "mode" in part else "")
+    )
     for name, value in part.get("recipe", {}).items():
-        print(f"  {name}: {common.printable(json.dumps(value, ensure_ascii=False))[:200]}")
+        print(f"  {common.printable(name)}: {common.printable(json.dumps(value, ensure_ascii=False))[:200]}")
     common.print_rows(part["rows"])
