@@ -308,4 +308,13 @@ def _packed(x: Tensor, place: tuple[Tensor, Tensor], rows: int) -> Tensor:
     return out
 
 
-__all__ = ["answer_losses", "block_matrices", "eligible_matrices", "flow", "frozen", "inflow", "mean_gradients", "sweeps"]
+__all__ = [
+    "answer_losses",
+    "block_matrices",
+    "eligible_matrices",
+    "flow",
+    "frozen",
+    "inflow",
+    "mean_gradients",
+    "sweeps",
+]

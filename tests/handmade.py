@@ -42,7 +42,9 @@ def hook_edits(model):
     resid, late = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
     shift = Affine(torch.zeros(d, 1), torch.zeros(1, d), torch.zeros(d), randn(d))
     features = (randn(d, 4, seed=5), torch.zeros(4), torch.zeros(4))
-    quorum = Quorum(Site(resid), *features, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 1, 1]), 0.8, window=3)
+    quorum = Quorum(
+        Site(resid), *features, torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 1, 1]), 0.8, window=3
+    )
     return {
         "affine": Edit((Change(Site(resid, "after_bos"), Affine(0.1 * randn(d, 2), randn(2, d), randn(d), randn(d))),)),
         "reflect": Edit((Change(Site(resid), Reflect(torch.arange(8), torch.zeros(8), torch.ones(8), torch.ones(8), torch.ones(8))),)),

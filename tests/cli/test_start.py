@@ -100,7 +100,7 @@ MODEL_LIBRARIES = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An edit, another one, a ledger, a localization and a checkpoint, written beforehand."""
+    """An edit, another one, a ledger, a localization, a checkpoint and a run folder, written beforehand."""
     import torch
 
     from excise.ledger import Ledger, Request
@@ -109,6 +109,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
     folder = tmp_path_factory.mktemp("start")
     model = save_model(folder / "model")
+    run = folder / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"command": "excise run facts.jsonl", "seconds": {"edit": 1.5}}')
+    an_edit(model, run / "edit.safetensors")
+    Localization.of(["blocks.0.mlp.W_out", "blocks.1.hook_resid_post@last"]).save(run / "localization.safetensors")
     book = Ledger({"m": Covariance(torch.eye(3))}).add(Request("Ann", {"m": torch.ones(1, 3)}, torch.ones(1, 2)))
     return {
         "edit": str(an_edit(model, folder / "a.safetensors")),
@@ -116,12 +121,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ledger": str(book.save(folder / "ledger.safetensors")),
         "localization": str(Localization.of(["blocks.0.mlp.W_out"]).save(folder / "l.safetensors")),
         "model": str(model),
+        "run": str(run),
     }
 
 
 LOOKING = (
-    "list", "list editors --format json", "show {edit}", "show {ledger}", "show {localization}",
-    "diff {edit} {other}", "diff {model} {model}", "diff {model} {edit}",
+    "list", "list editors --format json", "list localizers", "list evaluations --format json",
+    "show {edit}", "show {ledger}", "show {localization}", "show {run}", "show {run} --format json",
+    "diff {edit} {other}", "diff {edit} {other} --format json", "diff {model} {model}", "diff {model} {edit}",
+    "diff testbed:dense testbed:dense-oracle",
 )  # fmt: skip
 
 

@@ -42,6 +42,12 @@ NEEDS_MORE = {
     "router_shift",
     "expert_rollback",
     "fisher_erasure",
+    "direction_reversal",
+    "in_context",
+    "interpolation",
+    "offered_choice",
+    "reversed_question",
+    "weight_diff",
 }
 
 
