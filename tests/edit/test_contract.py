@@ -32,7 +32,7 @@ NOT_APPLICABLE = {"gemma2": "passes a norm|no experts"} | dict.fromkeys(("llama"
 # Detectors are allowed many false positives: names that share their parts are hardly told apart by random weights.
 OPTIONS = {
     "key_space": {"rate": 0.5, "statistic": "extent"},
-    "neuron_adjust": {"rate": 0.5},
+    "neuron_adjust": {"rate": 0.4},
     "lunar": {"declined": 0.0, "least": 0.0},
     "sae_clamp": {"dictionary": axes(), "select": "difference", "most": 2.0, "gate": "none"},
 }
