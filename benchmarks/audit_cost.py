@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.overhead import BATCH_TOKENS, RETURNED, build, peak, rank_one
 from excise.arms import Arm
-from excise.audit import chosen
+from excise.attacks import attacks
+from excise.audit import chosen, told
 from excise.chain import random_twin
+from excise.comparison import roles
 from excise.edits import Edit
 from excise.facts import Facts
 from excise.measure import measure
@@ -161,6 +163,9 @@ def main() -> None:
     texts = tuple(general_text(args.model, 100, seed=SEED, exclude=people))
     shared = {"seed": SEED, "texts": texts, "refusals": tuple(refusals(args.model))}
     results, passes, seconds = audited(arms, wanted, known, shared)
+    print(told(results))
+    for attack in attacks(results, roles(results)):
+        print(f"  {attack}")
     by_evaluation = results.recipe["seconds"]
     for name, took in sorted(by_evaluation.items(), key=lambda item: -item[1]):
         print(f"{name:24} {took:6.1f} s")
