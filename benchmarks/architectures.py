@@ -177,8 +177,8 @@ def chain(model: Model, facts: Facts, editor: str) -> dict[str, float]:
 
     Raises Idle when something is not measured, or the edit does not change what is measured.
     """
-    # One exact check per kind of site: the full check is most of the scan's time, and the table of localizers has it.
-    where = localize(model, facts, "scan", verify=1)
+    # A short exact check: the full one is most of the scan's time, and the table of localizers has it.
+    where = localize(model, facts, "scan", verify=1, null=2)
     made = edit(model, facts, where, editor)
     before = model.logits(model.encode(facts.prompts()))
     results = compare(model, {"edited": made}, [recall, probability], facts)
