@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from excise.facts import Prompt
+from excise.gradients import answer_losses
 from excise.model import Model
 
 T = TypeVar("T")
@@ -120,6 +122,22 @@ def descend(model: Model, loss: Callable[[int], Tensor], by: Full | LowRank, ste
             for p, asked in zip(every, asking, strict=True):
                 p.requires_grad_(asked)
         yield step
+
+
+def answer_logprobs(model: Model, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each prompt's answer [n], summed over its tokens, with gradients; and the number of tokens [n]."""
+    batch = model.encode(prompts, answers=True)
+    mean = answer_losses(model, batch)
+    lengths = torch.tensor(
+        [n - start for start, n in zip(batch.starts, batch.lengths, strict=True)], device=mean.device
+    )
+    return -mean * lengths, lengths
+
+
+def answer_loss(model: Model, prompts: Sequence[Prompt]) -> Tensor:
+    """Mean negative log-likelihood, in nats, over the answer tokens of all prompts, with gradients."""
+    total, lengths = answer_logprobs(model, prompts)
+    return -total.sum() / lengths.sum()
 
 
 def draws(items: Sequence[T], size: int, seed: int) -> Callable[[int], list[T]]:

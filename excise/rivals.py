@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from excise.arms import Answer, Arm
 from excise.errors import ExciseError
 from excise.facts import Facts, Prompt
-from excise.finetuning import descend, draws, stepper
+from excise.finetuning import answer_logprobs, answer_loss, descend, draws, stepper
 from excise.model import Model
 from excise.trace import patched
 
@@ -89,7 +89,7 @@ class _Run:
     def recalled(self) -> float:
         """Share of some forget prompts that are answered still."""
         some = self.forget[:: max(1, len(self.forget) // 64)]
-        return sum(a.exact for a in Arm("", self.model).answers(some)) / len(some)
+        return Arm("", self.model).said(some)
 
     def batches(self) -> Callable[[int], tuple[list[Prompt], list[Prompt]]]:
         """Forget and retain prompts of a step."""
@@ -103,27 +103,9 @@ def _copy(model: Model, name: str) -> Model:
     return copied
 
 
-def logprobs(model: Model, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Log-probability of each prompt's answer [n], summed over its tokens, and the number of tokens [n]."""
-    batch = model.encode(prompts, answers=True)
-    logits = model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-    found, lengths = [], []
-    for row in range(len(batch)):
-        target = batch.answer(row)
-        logp = batch.answer_logits(logits, row).float().log_softmax(-1)
-        found.append(logp.gather(-1, target[:, None]).sum())
-        lengths.append(len(target))
-    return torch.stack(found), torch.tensor(lengths, device=found[0].device)
-
-
-def _nll(model: Model, prompts: Sequence[Prompt]) -> Tensor:
-    total, lengths = logprobs(model, prompts)
-    return -total.sum() / lengths.sum()
-
-
 def _ascent(run: _Run) -> Callable[[int], Tensor]:
     draw = run.batches()
-    return lambda step: -_nll(run.model, draw(step)[0])
+    return lambda step: -answer_loss(run.model, draw(step)[0])
 
 
 def _difference(run: _Run) -> Callable[[int], Tensor]:
@@ -131,7 +113,7 @@ def _difference(run: _Run) -> Callable[[int], Tensor]:
 
     def loss(step: int) -> Tensor:
         forget, retain = draw(step)
-        return _nll(run.model, retain) - _nll(run.model, forget)
+        return answer_loss(run.model, retain) - answer_loss(run.model, forget)
 
     return loss
 
@@ -152,8 +134,8 @@ def _npo(run: _Run) -> Callable[[int], Tensor]:
     def loss(step: int) -> Tensor:
         forget, retain = draw(step)
         with torch.no_grad():
-            reference, _ = logprobs(run.base, forget)
-        return npo_loss(logprobs(run.model, forget)[0], reference, NPO_BETA) + _nll(run.model, retain)
+            reference, _ = answer_logprobs(run.base, forget)
+        return npo_loss(answer_logprobs(run.model, forget)[0], reference, NPO_BETA) + answer_loss(run.model, retain)
 
     return loss
 
@@ -163,7 +145,7 @@ def _simnpo(run: _Run) -> Callable[[int], Tensor]:
 
     def loss(step: int) -> Tensor:
         forget, retain = draw(step)
-        return simnpo_loss(*logprobs(run.model, forget), SIMNPO_BETA) + _nll(run.model, retain)
+        return simnpo_loss(*answer_logprobs(run.model, forget), SIMNPO_BETA) + answer_loss(run.model, retain)
 
     return loss
 
@@ -202,7 +184,7 @@ def _states(model: Model, prompts: Sequence[Prompt], point: str) -> Tensor:
 def _negate(run: _Run) -> None:
     """Learn the forget answers still better, and go the other way; the shortest way after which they are gone."""
     draw = run.batches()
-    run.train(lambda step: _nll(run.model, draw(step)[0]), until_gone=False)
+    run.train(lambda step: answer_loss(run.model, draw(step)[0]), until_gone=False)
     with torch.no_grad():
         pairs = list(zip(run.model.hf.parameters(), run.base.hf.parameters(), strict=True))
         learned = [p.detach() - q for p, q in pairs]

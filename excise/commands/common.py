@@ -90,6 +90,14 @@ def finite(text: str) -> float:
 finite.__name__ = "finite number"
 
 
+def minutes(text: str) -> float:
+    """A time above zero, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def batch_size(text: str) -> int | None:
     """Tokens in one forward pass; None for auto."""
     return None if text == "auto" else positive(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,9 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
         metavar="A,B",
         help="families (behavioural, elicitation, intrinsic) or evaluations, besides those named; all for every one",
     )
-    parser.add_argument("--minutes", type=minutes, metavar="M", help="leave out what does not fit into so much time")
+    parser.add_argument(
+        "--minutes", type=common.minutes, metavar="M", help="leave out what does not fit into so much time"
+    )
     parser.add_argument(
         "--before", "--model", dest="model", required=True, metavar="M", help="the model before the edit"
     )
@@ -55,14 +56,6 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def minutes(text: str) -> float:
-    """A time above zero, for argparse."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

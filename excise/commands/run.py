@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from excise.commands import common, outcome
-from excise.commands.evaluate import minutes
 
 if TYPE_CHECKING:
     from excise.facts import Facts
@@ -27,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument(
         "--trials", type=common.positive, default=TRIALS, metavar="N", help=f"tries of the search (default {TRIALS})"
     )
-    parser.add_argument("--minutes", type=minutes, metavar="M", help="half of them at most for the search")
+    parser.add_argument("--minutes", type=common.minutes, metavar="M", help="half of them at most for the search")
     parser.add_argument("--export", metavar="DIR", help="also write the edited model there, as a plain checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="run folder; the same command again continues")
     parser.add_argument("--dry-run", action="store_true", help="read the facts, say what would be done, and stop")

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from excise.facts import Prompt
+from excise.finetuning import answer_loss
 from excise.model import Model
 
 BATCH, RATE = 32, 3e-3
@@ -35,11 +35,3 @@ def teach(
         optimiser.step()
     hf.eval().requires_grad_(False)
     return taught
-
-
-def answer_loss(model: Model, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Mean cross-entropy, in nats, over the answer tokens of all prompts, with gradients."""
-    encoded = model.encode(prompts, answers=True)
-    logits = model.hf(input_ids=encoded.ids, attention_mask=encoded.mask, use_cache=False).logits
-    rows = [encoded.answer_logits(logits, row) for row in range(len(encoded))]
-    return cross_entropy(torch.cat(rows).float(), torch.cat([encoded.answer(row) for row in range(len(encoded))]))
