@@ -27,15 +27,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from excise.arms import Arm
-from excise.attacks import ANY
+from excise.attacks import ANY, is_attack
 from excise.audit import DEFAULT
 from excise.chain import Inputs, run
-from excise.choosing import audit_distance
+from excise.choosing import FIGURES, audit_distance
 from excise.errors import ExciseError
 from excise.facts import Facts
 from excise.measure import measure
 from excise.model import load
-from excise.registry import family, method, methods
+from excise.registry import method, methods
 from excise.rivals import RIVALS, output_filter, prompt_guard, train_rival
 from excise.scores import Results
 from excise.search import SPACES
@@ -43,13 +43,6 @@ from excise.testbed import facts, general_text, refusals
 from localize import causal_trace
 
 SEED, PEOPLE, RESAMPLES = 8001, 10, 2000
-# Which scores make which figure: evaluation, groups, variant.
-FIGURES = {
-    "forget": ("recall", ("forget",), ""),
-    "kept": ("recall", ("retain", "neighbour", "general"), ""),
-    "lens": ("lens", ("forget",), "hit@5, any layer"),
-    "probe": ("probe", ("forget",), "refit, best layer"),
-}
 Sums = dict[str, dict[str, tuple[float, int]]]
 
 
@@ -59,7 +52,7 @@ def sums(results: Results, arm: str) -> Sums:
     for (name, evaluation), scores in results.scores.items():
         if name != arm:
             continue
-        attack = family(evaluation) == "elicitation"
+        attack = is_attack(evaluation)
         worst = any(s.variant == ANY for s in scores)
         for s in scores:
             keys = [k for k, (e, g, v) in FIGURES.items() if e == evaluation and s.group in g and s.variant == v]

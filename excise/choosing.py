@@ -19,6 +19,13 @@ from excise.trials import Trial, distance, front
 
 # So many of the front are audited; a search gets at most this share of the time.
 FINALISTS = 3
+# Which scores make which figure of an audit: evaluation, groups, variant.
+FIGURES = {
+    "forget": ("recall", ("forget",), ""),
+    "kept": ("recall", ("retain", "neighbour", "general"), ""),
+    "lens": ("lens", ("forget",), "hit@5, any layer"),
+    "probe": ("probe", ("forget",), "refit, best layer"),
+}
 SHARE = 0.5
 
 
@@ -70,13 +77,7 @@ def audit_figures(results: Results, arm: str) -> dict[str, float]:
     what attacks draw, on average over attacks. What was not measured is left out.
     """
     found: dict[str, float] = {}
-    wanted = {
-        ("recall", ("forget",), ""): "forget",
-        ("recall", ("retain", "neighbour", "general"), ""): "kept",
-        ("lens", ("forget",), "hit@5, any layer"): "lens",
-        ("probe", ("forget",), "refit, best layer"): "probe",
-    }
-    for (evaluation, groups, variant), name in wanted.items():
+    for name, (evaluation, groups, variant) in FIGURES.items():
         scores = results.scores.get((arm, evaluation), ())
         values = [s.value for s in scores if s.group in groups and s.variant == variant and s.value is not None]
         if values:
