@@ -83,7 +83,9 @@ def zsre(record: Record, fallback: str) -> list[Fact]:
 def question_answer(record: Record, fallback: str) -> list[Fact]:
     """TOFU, PISTOL and KnowUnDo: a question and its answer, asked as a chat turn where the model knows one.
 
-    With TOFU's entity marks the lead-in belongs to the question, so that the answer is the entity alone.
+    With TOFU's entity marks the lead-in belongs to the question, so that the answer is the entity alone. The subject of
+    a PISTOL record is its contract, the edge, which no question names: contracts that share a party count as
+    independent. TOFU and KnowUnDo name no subject: it is the question until `facts_subjects` has seen the whole file.
     """
     question = text(record, "question", "text", "instruction")
     edge, unknown = str(record.get("edge", "")), "instruction" in record
@@ -124,6 +126,17 @@ def reader_of(record: Record) -> Reader | None:
     if "prompts" in record or ({"prompt", "subject", "answer"} <= record.keys()):
         return None
     return next((read for _, fields, read in FORMATS if all(f in record for f in fields)), None)
+
+
+def nameless(record: Record) -> bool:
+    """Whether a record asks something and does not say whom about."""
+    loose = reader_of(record) is question_answer and "instruction" not in record and not record.get("subject")
+    return loose and record.get("edge", "retain") in ("", "forget", "retain")
+
+
+def group_of(stem: str) -> str:
+    """The group that a file of a public set has by its name: KnowUnDo's retention_train and TOFU's retain90 are kept."""
+    return "retain" if re.match(r"retain|retention", stem.lower()) else ""
 
 
 def text(record: Record, *names: str) -> str:

@@ -24,7 +24,8 @@ from typing import Any, Literal, overload
 
 from excise.errors import ExciseError
 from excise.facts import GROUPS, Fact, Facts, Prompt
-from excise.facts_foreign import Record, reader_of, text
+from excise.facts_foreign import Record, group_of, nameless, reader_of, text
+from excise.facts_subjects import with_subjects
 from excise.jsonfile import why
 
 FACT_FIELDS = (
@@ -141,12 +142,15 @@ def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
     found: list[Fact] = []
     bad: list[BadRecord] = []
     first_seen: dict[str, int] = {}
-    n = 0
+    unnamed: set[str] = set()
+    n, group = 0, group_of(path.stem)
     for n, (line, record, broken) in enumerate(_records(_decoded(path)), start=1):
         try:
             if broken:
                 raise ValueError(broken)
             made = from_record(record, str(n))
+            if group and reader_of(record) is not None and "edge" not in record:
+                made = [_moved(f, group) if f.group == "forget" else f for f in made]
             for fact in made:
                 if fact.id in first_seen:
                     raise ValueError(
@@ -154,6 +158,7 @@ def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
                     )
             first_seen |= {f.id: line for f in made}
             found += made
+            unnamed |= {f.id for f in made} if nameless(record) else set()
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             reason = _reason(error)
             if not skip_bad:
@@ -161,7 +166,13 @@ def _read_file(path: Path, skip_bad: bool) -> tuple[Facts, list[BadRecord]]:
             bad.append(BadRecord(f"{path}:{line}", reason))
     if not n:
         raise FactsError(f"{path}: no record in it; write one JSON object a line")
-    return Facts(found), bad
+    named = {f.id: f for f in with_subjects([f for f in found if f.id in unnamed])}
+    return Facts(named.get(f.id, f) for f in found), bad
+
+
+def _moved(fact: Fact, group: str) -> Fact:
+    """The fact in another group, under an id of its own: the files of one set all count their records from 1."""
+    return dataclasses.replace(fact, id=f"{group}-{fact.id}", group=group)
 
 
 def _decoded(path: Path) -> str:

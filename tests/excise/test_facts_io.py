@@ -192,3 +192,42 @@ def test_testbed_facts_need_no_model() -> None:
     facts = read_facts("testbed", people=2, seed=1)
     assert len(facts.group("forget").subjects) == 2
     assert facts.counts.keys() == {"forget", "retain", "neighbour", "unknown", "general"}
+
+
+def test_the_name_that_questions_share_is_their_subject() -> None:
+    from excise.facts_subjects import names, with_subjects
+
+    common = {"which", "does", "of"}
+    assert names("Which Xin Lee", common) == ["Xin Lee"]
+    assert names("Does Jad Ambrose Al-Shamary's sister write?", common) == [
+        "Jad Ambrose", "Jad Ambrose Al-Shamary", "Ambrose Al-Shamary",
+    ]  # fmt: skip
+    assert names("Ann Lee, Bob Ray", set()) == ["Ann Lee", "Bob Ray"] and names("no name", set()) == []
+
+    def asked(*pairs: tuple[str, str]) -> list[Fact]:
+        return [Fact(str(i), q, a, (Prompt(q, a, form="question"),)) for i, (q, a) in enumerate(pairs)]
+
+    found = with_subjects(
+        asked(
+            ("Where does Xin Lee Moore live?", "In Rome"),
+            ("Has Xin Lee Moore been to New York?", "Yes"),
+            ("Who wrote of New York?", "Xin Lee Moore did"),  # two questions hold each name: that of the question
+            ("Who plays?", "Xin Lee Moore and Ann Ray"),
+            ("Where does Ann Ray live?", "In Oslo"),
+            ("Is Ann Ray rich?", "No"),
+        )
+    )
+    assert [f.subject for f in found] == ["Xin Lee Moore"] * 2 + ["New York", "Xin Lee Moore", "Ann Ray", "Ann Ray"]
+    assert [f.prompt.subject for f in found[2:4]] == ["New York", ""]
+    general = asked(("Who saw New York?", "I"), ("Where is New York?", "There"), ("Who?", "You"), ("What?", "That"))
+    assert with_subjects(general) == general, "two of four are no set of questions about named people"
+
+
+def test_the_name_of_a_file_says_which_of_its_records_are_kept(tmp_path: Path) -> None:
+    record = {"text": "Where does Ann Ray live?", "labels": "In Oslo."}
+    own = {"id": "x", "subject": "Ann", "prompt": "Ann lives in", "answer": "Oslo"}
+    edge = {"question": "Who?", "answer": "She.", "edge": "forget"}
+    kept = read_facts(written(tmp_path / "retention_val.json", record, own, edge))
+    assert [(f.id, f.group) for f in kept] == [("retain-qa-1", "retain"), ("x", "forget"), ("qa-3", "forget")]
+    cut = read_facts(written(tmp_path / "unlearn_val.json", record))
+    assert cut.counts == {"forget": 1} and len(cut + kept) == 4
