@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from excise.comparison import rows_of
 from excise.figures import BLUE, GREEN, GREY, INK, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
 from excise.maps import map_figures, mean_map, plot_localization, plot_ranking, plot_units
 from excise.scores import Results, Row
@@ -130,11 +131,7 @@ def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: 
 @drawn
 def plot_before_after(results: Results, evaluation: str = "recall", *, group: str = "forget") -> Figure:
     """One line per form: where each arm stands, with 95 % intervals; held-out prompts apart."""
-    rows = [
-        r
-        for r in aggregate(results, by=("group", "form", "held_out"))
-        if r.evaluation == evaluation and r.group == group and r.n
-    ]
+    rows = rows_of(results, evaluation, group, by=("group", "form", "held_out"))
     forms = list(dict.fromkeys((r.form, r.held_out) for r in rows))
     figure = picture(4.6, 1.3 + 0.5 * max(1, len(forms)))
     axes = figure.subplots()

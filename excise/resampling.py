@@ -34,8 +34,19 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """Share of successes with its Wilson score interval; NaN without observations."""
     if n == 0:
         return Interval(np.nan, np.nan, np.nan)
-    interval = stats.binomtest(int(successes), int(n)).proportion_ci(level, method="wilson")
+    return _wilson(int(successes), int(n), level)
+
+
+@lru_cache(maxsize=4096)
+def _wilson(successes: int, n: int, level: float) -> Interval:
+    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
     return Interval(successes / n, float(interval.low), float(interval.high))
+
+
+@lru_cache(maxsize=4096)
+def _student(level: float, clusters: int) -> float:
+    """Two-sided quantile of Student's t with clusters - 1 degrees of freedom."""
+    return float(stats.t.isf((1 - level) / 2, clusters - 1))
 
 
 def share(hits: Values, clusters: Labels | None = None, *, level: float = 0.95) -> Interval:
@@ -53,7 +64,7 @@ def share(hits: Values, clusters: Labels | None = None, *, level: float = 0.95) 
         return wilson(int(hits.sum()), n, level=level)
     variance = k / (k - 1) * float(np.sum(sums**2)) / n**2
     effective = n / max(1.0, variance * n / (p * (1 - p)))
-    t2 = float(stats.t.isf((1 - level) / 2, k - 1)) ** 2
+    t2 = _student(level, k) ** 2
     centre, half = p + t2 / (2 * effective), np.sqrt(t2 * (p * (1 - p) / effective + t2 / (4 * effective**2)))
     whole = 1 + t2 / effective
     return Interval(p, float((centre - half) / whole), float((centre + half) / whole))
@@ -231,6 +242,12 @@ def bootstrap_ratio(
     return interval_of(float(np.mean(above)) / denominator.value, drawn, units(above, labels), level=level)
 
 
+@lru_cache(maxsize=4096)
+def _outer(level: float, clusters: int) -> float:
+    """The share to cut off at either end, expanded for few clusters."""
+    return float(stats.norm.sf(np.sqrt(clusters / (clusters - 1)) * _student(level, clusters)))
+
+
 def interval_of(value: float, drawn: np.ndarray, clusters: int, *, level: float = 0.95) -> Interval:
     """The interval of a statistic from its resampled values (NaN among them are left out) and the number of clusters."""
     drawn = drawn[np.isfinite(drawn)]
@@ -238,7 +255,7 @@ def interval_of(value: float, drawn: np.ndarray, clusters: int, *, level: float 
         return Interval(value, np.nan, np.nan)
     if clusters < 2 or np.ptp(drawn) == 0:
         return Interval(value, float(drawn.min()), float(drawn.max()))
-    out = float(stats.norm.sf(np.sqrt(clusters / (clusters - 1)) * stats.t.isf((1 - level) / 2, clusters - 1)))
+    out = _outer(level, clusters)
     low, high = np.quantile(drawn, [out, 1 - out])
     return Interval(value, float(low), float(high))
 

@@ -221,7 +221,8 @@ class Results:
     scores: dict[tuple[str, str], tuple[Score, ...]]
     modes: dict[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
-    _tables: dict[int, list[Row]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # Tables that were made already, by seed and keys: `excise.statistics.aggregate` keeps them here.
+    _tables: dict[Any, list[Row]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def arms(self) -> list[str]:
@@ -237,10 +238,7 @@ class Results:
         """One row per arm, evaluation, group, form, split and variant, with cluster-bootstrap intervals."""
         from excise.statistics import aggregate
 
-        # Thousands of resamples a row: made once, since nothing here changes.
-        if seed not in self._tables:
-            self._tables[seed] = aggregate(self, seed=seed)
-        return list(self._tables[seed])
+        return aggregate(self, seed=seed)
 
     def summary(self, *, seed: int = 0) -> list[Row]:
         """Numbers made of many scores, such as model utility, forget quality and privacy leakage, where measured."""

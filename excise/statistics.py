@@ -90,6 +90,14 @@ def aggregate(results: Results, *, seed: int = 0, by: Sequence[str] = KEYS) -> l
     empty in the row. Scores without a value are counted in `n_skipped`. Clusters are subjects (the fact, when it
     names none).
     """
+    key = (seed, tuple(by))
+    # Thousands of resamples a row, and tables, figures and sentences ask for the same rows: made once.
+    if key not in results._tables:
+        results._tables[key] = _aggregated(results, seed, by)
+    return list(results._tables[key])
+
+
+def _aggregated(results: Results, seed: int, by: Sequence[str]) -> list[Row]:
     from excise.scores import Row
 
     quantities = _quantities(results)
