@@ -77,8 +77,10 @@ def figures(of: Sums, people: Mapping[str, int] | None = None) -> dict[str, floa
     return plain | ({"attacked": float(np.mean(attacks))} if attacks else {})
 
 
-def distances(results: Results, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """Distance of every arm to the oracle with its 95 % interval over people, and the figures that it is made of."""
+def distances(results: Results, run: str = "run", seed: int = 0) -> dict[str, dict[str, Any]]:
+    """Distance of every arm to the oracle with its 95 % interval over people, the share of draws in which `run` is closer,
+    and the figures that it is made of.
+    """
     of = {arm: sums(results, arm) for arm in results.arms}
     people = sorted({p for cells in of["oracle"].values() for p in cells})
     rng = np.random.default_rng(seed)
@@ -93,7 +95,7 @@ def distances(results: Results, seed: int = 0) -> dict[str, dict[str, Any]]:
     return {
         arm: {"distance": audit_distance(figures(cells), target), **figures(cells),
               "interval": [float(q) for q in np.percentile(drawn[arm], [2.5, 97.5])],
-              "closer": float(np.mean(np.array(drawn["run"]) < np.array(drawn[arm])))}
+              "closer": float(np.mean(np.array(drawn[run]) < np.array(drawn[arm])))}
         for arm, cells in of.items()
     }  # fmt: skip
 

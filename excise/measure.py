@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,13 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 def _state(arm: Arm) -> list[Any]:
-    """What an arm's answers depend on: the model and every number of its edit."""
+    """What an arm's answers depend on: the model, every number of its edit, and what a special arm does besides."""
     changes = arm.edit.changes if arm.edit else ()
-    return [arm.model.fingerprint, [[str(c.site), _contents(c.action), c.gate and _contents(c.gate)] for c in changes]]
+    written = [[str(c.site), _contents(c.action), c.gate and _contents(c.gate)] for c in changes]
+    plain = {f.name for f in fields(Arm)}
+    own = {f.name: getattr(arm, f.name) for f in fields(arm) if f.name not in plain}
+    special = [type(arm).__name__, {k: facts_digest(v) if isinstance(v, Facts) else str(v) for k, v in own.items()}]
+    return [arm.model.fingerprint, written, *(special if type(arm) is not Arm else ())]
 
 
 def _contents(part: Any) -> list[Any]:

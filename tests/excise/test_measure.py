@@ -9,6 +9,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.measure import measure, read_results
 from excise.model import Model
 from excise.registry import Method, Option
+from excise.rivals import output_filter, prompt_guard
 from excise.scores import Score
 from tiny import tiny_model
 
@@ -98,3 +99,20 @@ def test_an_arm_under_another_name_is_not_measured_again(arms, tmp_path):
     found = measure(renamed, [PLAIN], FACTS, shared={}, kept=kept)
     assert not CALLS and found.arms == ["before", "chosen", "twin", "oracle"]
     assert read_results(kept).arms == found.arms
+
+
+def worded(arm, facts):
+    return [Score("a", "Ann Lee", "forget", float(arm.answers(facts.prompts())[0].exact), detail=arm.name)]
+
+
+def test_a_guard_or_filter_around_a_model_is_not_taken_for_the_model(arms, tmp_path):
+    before = arms[0]
+    around = [prompt_guard(before.model, FACTS), output_filter(before.model, FACTS)]
+    asked = Method("evaluation", "worded", worded, (), "", "behavioural")
+    results = measure([before, *around], [asked], FACTS, shared={}, kept=tmp_path / "results.jsonl")
+    assert [results.scores[a, "worded"][0].detail for a in results.arms] == results.arms
+    other = output_filter(before.model, Facts([Fact("b", "Bo Lim", "Oslo", (Prompt("Bo Lim was born in", "Oslo"),))]))
+    again = measure([before, other], [asked], FACTS, shared={}, kept=tmp_path / "results.jsonl")
+    assert again.scores["output_filter", "worded"][0].detail == "output_filter"
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len({r["key"] for r in lines if "key" in r}) == 2
