@@ -21,6 +21,8 @@ from excise.edits import Edit
 from excise.errors import ExciseError
 from excise.facts import Facts
 from excise.facts_io import write_facts
+from excise.feature_cards import FILE as FEATURES
+from excise.feature_cards import FeatureCards
 from excise.measure import EVALUATIONS, digest, facts_digest, measure, plain_row, settings
 from excise.model import Model
 from excise.progress import say
@@ -120,7 +122,7 @@ def run(inputs: Inputs) -> Run:
     kept = _same_run(inputs)
     if not kept:
         # Before run.json says otherwise: what lies here belongs to another run.
-        for name in ("localization.safetensors", "edit.safetensors", "search.json"):
+        for name in ("localization.safetensors", "edit.safetensors", "search.json", FEATURES):
             (inputs.out / name).unlink(missing_ok=True)
     write_run(inputs, clock, None)
     with _timed(clock, "localize"):
@@ -151,6 +153,7 @@ def run(inputs: Inputs) -> Run:
             recipe=recipe,
             samples=samples,
             search=search,
+            features=_features(inputs, edit),
         )
     write_run(inputs, clock, verification, samples)
     return Run(inputs, localization, edit, verification, results, report, clock, search)
@@ -256,6 +259,15 @@ def _measure(inputs: Inputs, edited: Sequence[Arm]) -> Results:
     say(f"measuring {', '.join(a.name for a in arms)}: {', '.join(inputs.evaluations)}")
     shared = {"texts": inputs.loss_texts, "refusals": inputs.refusals, "seed": inputs.seed}
     return measure(arms, chosen, inputs.facts, shared=shared, own=MEASURED, kept=inputs.out / "results.jsonl")
+
+
+def _features(inputs: Inputs, edit: Edit) -> FeatureCards:
+    """Cards of the dictionary features that the edit changes, kept in the folder; none for an edit of something else."""
+    import importlib
+
+    if "dictionary" in edit.recipe and not (inputs.out / FEATURES).is_file():
+        importlib.import_module("sae.cards").of_edit(inputs.model, edit, inputs.facts).save(inputs.out)
+    return FeatureCards.load(inputs.out)
 
 
 def random_twin(edit: Edit, seed: int) -> Edit:

@@ -39,6 +39,7 @@ COMMANDS = {
     "withdraw": "take requests out of a ledger, as if they had never come",
     "doctor": "what excise can reach in a model",
     "list": "the localizers, editors and evaluations there are",
+    "sae": "train a sparse dictionary, check one, and show its features",
     "testbed": "train the embedded models again, or show their measured quality",
 }
 _MODULES = {"eval": "evaluate", "list": "listing"}

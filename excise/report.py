@@ -10,6 +10,7 @@ from typing import Any
 
 from excise.facts import Fact, Facts
 from excise.fates import counted, fates
+from excise.feature_cards import FeatureCard, cards_section
 from excise.files import write_text
 from excise.findings import FORMS
 from excise.fragments import (
@@ -45,6 +46,7 @@ def write_report(
     recipe: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
     search: Mapping[str, Any] | None = None,
+    features: Sequence[FeatureCard] = (),
     title: str = "",
 ) -> Path:
     """Write one self-contained page and return its path; a folder gets `report.html`. What is None is left out.
@@ -54,6 +56,7 @@ def write_report(
         recorded.
     samples: prompts with each arm's own words, one mapping per prompt.
     search: what was tried before the edit was chosen, as in search.json.
+    features: cards of the dictionary features that the edit is about, as `sae.cards` makes them.
     """
     recipe = dict(recipe or {})
     target = Path(path)
@@ -64,6 +67,7 @@ def write_report(
         ("results", "Arms and measures", _measures(measured)),
         ("forms", "Recall by form", _forms(measured)),
         ("where", "Where the facts were found", _where(localization)),
+        ("features", "Features of the dictionary", cards_section(features)),
         ("inside", "What the inner layers still show", _layers(measured)),
         ("tried", "What was tried", _tried(search)),
         ("change", "What was changed", _change(edit, verification)),

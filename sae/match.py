@@ -41,10 +41,7 @@ def check(dictionary: Dictionary, model: Model, texts: Sequence[Text], *, least:
     for r in readings(model, texts, point):
         x = r.x[r.counts].float()
         if x.shape[-1] != dictionary.d:
-            raise FingerprintMismatch(
-                f"{dictionary.name} reads a width of {dictionary.d}, and {point} of {model.name} is {x.shape[-1]} wide; "
-                f"it was trained on {dictionary.info.get('model_name') or 'another model'}"
-            )
+            raise other_width(dictionary, model, x.shape[-1])
         a = dictionary.encode(x)
         error = dictionary.decode(a, x) - x
         moments += torch.tensor([float(x.square().sum()), float(error.square().sum()), float((a > 0).sum())])
@@ -67,6 +64,14 @@ def check(dictionary: Dictionary, model: Model, texts: Sequence[Text], *, least:
             "trained on this model, or train one (sae.train)"
         )
     return match
+
+
+def other_width(dictionary: Dictionary, model: Model, width: int) -> FingerprintMismatch:
+    """The error for a dictionary whose hook is `width` wide in this model."""
+    return FingerprintMismatch(
+        f"{dictionary.name} reads a width of {dictionary.d}, and {dictionary.hook} of {model.name} is {width} wide; "
+        f"it was trained on {dictionary.info.get('model_name') or 'another model'}"
+    )
 
 
 def resolve(dictionary: Dictionary, model: Model) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,8 @@ from excise.model import Model
 from excise.trace import read_batch
 
 Text = Prompt | str
+# Room for the special tokens that a tokenizer puts around a text.
+SPARE = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,29 @@ def content(model: Model, batch: Batch, *, specials: bool = False) -> Tensor:
     left_out = {model.tokenizer.bos_token_id} if specials else set(model.tokenizer.all_special_ids)
     unwanted = torch.tensor(sorted(i for i in left_out if i is not None), dtype=torch.long, device=batch.ids.device)
     return counts & ~torch.isin(batch.ids, unwanted)
+
+
+def fitting(model: Model, texts: Iterable[Text], *, most: int = 1024) -> Iterator[Text]:
+    """The texts in order; a plain one that is longer than the model's context, or than `most` tokens, in pieces that fit."""
+    limit = min(model.context or most, most)
+    for text in texts:
+        # A token is a byte or more, so that few texts have to be tokenised to know.
+        if isinstance(text, str) and len(text.encode("utf-8", "replace")) > limit - SPARE:
+            yield from _pieces(model, text, limit)
+        else:
+            yield text
+
+
+def _pieces(model: Model, text: str, limit: int) -> Iterator[str]:
+    spans = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(spans) <= limit - SPARE:
+        yield text
+        return
+    # Tokenised alone, a piece can have some more tokens than it had in the middle.
+    step = max(1, limit - limit // 8 - SPARE)
+    starts = sorted({spans[i][0] for i in range(0, len(spans), step)})
+    for first, stop in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True):
+        yield text[first:stop]
 
 
 def after(model: Model, texts: Sequence[Text], fillers: Sequence[Text]) -> list[Text]:

@@ -21,7 +21,7 @@ from excise.files import atomic, write_text
 from excise.model import Model
 from sae.dictionary import Dictionary
 from sae.load import CONFIG, WEIGHTS, from_folder
-from sae.reading import Text, readings
+from sae.reading import Text, fitting, readings
 
 # Texts that are tokenised together, tokens that are mixed, batches that measure the scale of the activations, and bytes
 # of activations that are kept for a second round.
@@ -47,8 +47,8 @@ def train(
 ) -> Dictionary:
     """A dictionary of the activation at `hook`, trained by sae-lens's `SAETrainer`; nothing is sent anywhere.
 
-    texts: what the model reads; a sequence is used over and over, an iterator must be as long as `tokens` asks for. BOS
-        and padding are left out.
+    texts: what the model reads; a sequence is used over and over, an iterator must be as long as `tokens` asks for. What
+        does not fit into its context is read in pieces. BOS and padding are left out.
     features: number of features; eight times the width when left out.
     k: active features per token, for "topk" (exactly) and "batchtopk" (on average; becomes a JumpReLU).
     architecture: a training architecture of sae-lens, "topk", "batchtopk", "jumprelu", "standard", "gated", ...
@@ -103,7 +103,7 @@ def stream(model: Model, hook: str, texts: Iterable[Text]) -> Iterator[Tensor]:
     """
     again, kept, size = not isinstance(texts, Iterator), list[Tensor](), 0
     while True:
-        source = iter(texts)
+        source = fitting(model, texts)
         while chunk := list(islice(source, TEXTS_AT_ONCE)):
             found = torch.cat([r.x[r.counts].float().cpu() for r in readings(model, chunk, hook, specials=True)])
             size += found.numel() * 4

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the report and print where it is."""
     from excise.edits import Edit
     from excise.facts_io import read_facts
+    from excise.feature_cards import FeatureCards
     from excise.measure import read_results
     from excise.report import write_report
     from excise.scores import Localization
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
         verification=settings.get("verification"),
         recipe={k: v for k, v in settings.items() if k not in ("samples", "verification")},
         samples=samples,
+        search=read_object(tried) if (tried := folder / "search.json").is_file() else None,
+        features=FeatureCards.load(folder),
     )
     if args.format == "json":
         common.print_json({"report": str(path)})

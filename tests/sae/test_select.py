@@ -1,4 +1,4 @@
-"""Every selection rule finds planted features; sums equal brute force; cards show what was planted."""
+"""Every selection rule finds planted features; sums equal brute force."""
 
 import functools
 
@@ -10,7 +10,6 @@ from excise.apply import applied
 from excise.edits import Change, Edit
 from excise.facts import Prompt
 from excise.sites import Site
-from sae.cards import cards
 from sae.load import of_sae
 from sae.match import resolve
 from sae.reading import readings
@@ -144,19 +143,6 @@ def test_attribution_is_the_slope_of_scaling_a_feature():
                 losses.append(-answer_losses(model, batch).double())
         slope = (losses[1] - losses[0]) / (2 * step)
         torch.testing.assert_close(found[:, feature], slope, rtol=0.02, atol=2e-3)
-
-
-def test_cards_show_what_was_planted():
-    made = cards(tiny(), book(), [PLANTED["Q"], PLANTED["J"]], {"forget": FORGET, "retain": RETAIN}, contexts=2)
-    card, dead = made
-    assert card.rates["forget"] == pytest.approx(3 / sums(FORGET).tokens) and card.rates["retain"] == 0
-    assert len(card.contexts) == 2 and all(c.tokens[c.at] == "Q" for c in card.contexts)
-    assert sum(card.counts) == 3 and len(card.edges) == len(card.counts) + 1
-    assert len(card.promoted) == 5 and card.promoted[0][1] >= card.promoted[-1][1] > card.suppressed[0][1]
-    assert sum(dead.counts) == 0 and dead.contexts == ()
-    for shown in (str(card), card._repr_html_()):
-        assert card.site in shown and "forget" in shown
-    assert "<svg" in card._repr_html_() and "<script" not in card._repr_html_()
 
 
 def stats(*, seed, n=40, tokens=100):
