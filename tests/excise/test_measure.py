@@ -9,7 +9,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.measure import measure, read_results
 from excise.model import Model
 from excise.registry import Method, Option
-from excise.rivals import output_filter, prompt_guard
+from excise.rivals import PromptGuard, output_filter
 from excise.scores import Score
 from tiny import tiny_model
 
@@ -107,7 +107,7 @@ def worded(arm, facts):
 
 def test_a_guard_or_filter_around_a_model_is_not_taken_for_the_model(arms, tmp_path):
     before = arms[0]
-    around = [prompt_guard(before.model, FACTS), output_filter(before.model, FACTS)]
+    around = [PromptGuard("prompt_guard", before.model, instruction="Hush."), output_filter(before.model, FACTS)]
     asked = Method("evaluation", "worded", worded, (), "", "behavioural")
     results = measure([before, *around], [asked], FACTS, shared={}, kept=tmp_path / "results.jsonl")
     assert [results.scores[a, "worded"][0].detail for a in results.arms] == results.arms
