@@ -152,9 +152,9 @@ class Edit:
         return f"Edit({self.recipe.get('method', '?')}: {len(self.changes)} changes, {'weight' if self.bakeable else 'hook'})"
 
     def _repr_html_(self) -> str:
-        from excise.report import edit_table
+        from excise.notebook import edit_view
 
-        return edit_table(self)
+        return edit_view(self)
 
 
 __all__ = [

@@ -89,6 +89,11 @@ class Fact:
             p for p in self.prompts if (not forms or p.form in forms) and (held_out is None or p.held_out == held_out)
         ]
 
+    def _repr_html_(self) -> str:
+        from excise.notebook import fact_view
+
+        return fact_view(self)
+
 
 class Facts(Sequence[Fact]):
     """An immutable list of facts that knows how to split by group, subject and relation."""
@@ -167,6 +172,6 @@ class Facts(Sequence[Fact]):
         return f"Facts({len(self)}: {groups}; {len(self.subjects)} subjects)"
 
     def _repr_html_(self) -> str:
-        from excise.report import facts_table
+        from excise.notebook import facts_view
 
-        return facts_table(self)
+        return facts_view(self)

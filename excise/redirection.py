@@ -67,7 +67,8 @@ def redirect(
     empty = sorted(kind for kind, found in pool.items() if not found)
     if empty:
         raise ExciseError(
-            f"no target names for {' and '.join(empty)} prompts: give more retain facts, or name a neutral subject"
+            f"no target names for {' and '.join(empty)} prompts: made-up names take names of two words or more; give retain facts "
+            "of other names and use target='centroid', or name a neutral subject"
         )
     return Redirection(tuple(told), tuple(tuple(m.around(name) for name in pool[m.kind]) for m in told))
 

@@ -15,7 +15,9 @@ import numpy as np
 from excise.sites import Site
 
 if TYPE_CHECKING:
+    from excise.fates import Fate
     from excise.statistics import Interval
+    from excise.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,9 @@ class Localization:
         return f"Localization({self.recipe.get('method', '?')}: {len(self.fact_ids)} facts x {len(self.sites)} sites; top {named})"
 
     def _repr_html_(self) -> str:
-        from excise.report import localization_table
+        from excise.notebook import localization_view
 
-        return localization_table(self)
+        return localization_view(self)
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,39 @@ class Results:
 
         return plot_results(self)
 
-    def _repr_html_(self) -> str:
-        from excise.report import results_table
+    def plot_forms(self, evaluation: str = "recall", *, group: str = "forget") -> Any:
+        """An evaluation form by form, trained and held-out wordings apart, arms side by side. A matplotlib figure."""
+        from excise.plots import plot_before_after
 
-        return results_table(self)
+        return plot_before_after(self, evaluation, group=group)
+
+    def plot_layers(self, evaluation: str, *, measure: str = "", group: str = "forget") -> Any:
+        """An evaluation layer by layer, one line and 95 % band per arm. A matplotlib figure.
+
+        measure: one of its variants by layer; the first one when empty.
+        """
+        from excise.plots import plot_layers
+
+        return plot_layers(self, evaluation, measure=measure, group=group)
+
+    def verdict(self, recipe: dict[str, Any] | None = None) -> Verdict:
+        """What the intervals allow one to say: a headline, and an answer to each question of an audit.
+
+        recipe: may name the arms under "roles", a mapping from before, edited, control, oracle to arm names.
+        """
+        from excise.verdict import verdict
+
+        return verdict(self, recipe)
+
+    def fates(self, recipe: dict[str, Any] | None = None) -> list[Fate]:
+        """What became of every fact that was asked for, with evidence, worst first; empty without `recall` before and
+        after.
+        """
+        from excise.fates import fates
+
+        return fates(self, recipe)
+
+    def _repr_html_(self) -> str:
+        from excise.notebook import results_view
+
+        return results_view(self)

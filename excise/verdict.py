@@ -22,6 +22,14 @@ class Verdict:
     state: State
     findings: tuple[Finding, ...]
 
+    def __str__(self) -> str:
+        return "\n".join([self.headline, "", *(f"  {f.question} {f.text}" for f in self.findings)])
+
+    def _repr_html_(self) -> str:
+        from excise.notebook import verdict_view
+
+        return verdict_view(self)
+
 
 def verdict(results: Results | None, recipe: Mapping[str, Any] | None = None) -> Verdict:
     """What the results say about the edit: forgotten, harmless, specific, gone from the inside?

@@ -286,7 +286,6 @@ def test_fragments_for_notebooks() -> None:
     ):
         assert Reader(html).open == [] and "<script" not in html and "<table" in html
     assert "and 2 more" in facts_table(facts(), rows=10)
-    assert facts()._repr_html_() == facts_table(facts())
 
 
 def test_text_table_for_terminals() -> None:
