@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.overhead import RETURNED
 from excise.keys import write_matrices
 from excise.model import DTYPES, Model
 from localize.concept_search import best_tokens, excess_kurtosis, open_search, projected, unembedding
@@ -153,7 +155,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for layers in (few, many):
         words = [sys.executable, __file__, "--job", str(layers), "--device", args.device, "--dtype", args.dtype]
-        done = subprocess.run(words, capture_output=True, text=True)
+        # Freed blocks go back to the system, so that the high-water mark follows what is in use.
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **RETURNED})
         if done.returncode:
             raise SystemExit(f"memory job {layers} failed:\n{done.stderr}")
         found[layers] = json.loads(done.stdout.splitlines()[-1])["above"]
