@@ -2,9 +2,10 @@
 
     python benchmarks/edit_cost.py [--quick]
 
-Three figures, in CPU time of one thread.
+Figures in CPU time of one thread.
 ROCR: the whole call less its statistics (covariances of text and of made-up names), over the forward passes inside that
     call which read keys and target states; once for a given block, once with the choice among four blocks.
+LUNAR: the same, on the embedded model, which declines; what it does besides is looking how strongly it must redirect.
 Solve: 1,000 concepts at once, one key each, at the width of an 8B model's MLP (14,336 to 4,096), made-up keys and
     covariance; the Cholesky factor of the covariance is part of it. Peak memory is that of a process of its own. Then one
     request more and one less, from a ledger that keeps M^-1 of every key.
@@ -23,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from excise.redirection import Redirection
 from excise.scores import Localization
 from excise.solve import Covariance, solve_edit
 
-AIMS = {"rocr": 2.0, "solve": 60.0, "export": 1.5}
+AIMS = {"keys": 2.0, "solve": 60.0, "export": 1.5}
 # Tokens of the statistics; they are not part of the figure, so a few will do.
 BUDGET = 2048
 # concepts, d_in, d_out
@@ -69,8 +72,36 @@ class Stopwatch:
         return timed
 
 
+@contextmanager
+def watched(watch: Stopwatch, parts: Mapping[str, Sequence[tuple[Any, str]]]) -> Iterator[None]:
+    """Inside the block, functions [(where they stand, name)] of each part are timed under the part's name."""
+    with ExitStack() as stack:
+        for part, functions in parts.items():
+            for owner, name in functions:
+                plain = getattr(owner, name)
+                setattr(owner, name, watch.wrap(part, plain))
+                stack.callback(setattr, owner, name, plain)
+        yield
+
+
+def after_statistics(
+    work: Callable[[], Any], parts: Mapping[str, Sequence[tuple[Any, str]]], rounds: int
+) -> dict[str, Any]:
+    """Seconds of some work by part, and the ratio of all but "statistics" to "keys"."""
+    ratios = []
+    for turn in range(rounds + 1):
+        watch = Stopwatch()
+        with watched(watch, parts):
+            start = time.process_time()
+            work()
+            total = time.process_time() - start
+        if turn:  # the first one warms up
+            ratios.append((total - watch.seconds["statistics"]) / watch.seconds["keys"])
+    return {"ratio": float(np.median(ratios)), "interval": interval(ratios), "total": total, **watch.seconds}
+
+
 def rocr_cost(shape: str, rounds: int) -> dict[str, Any]:
-    """Seconds of ROCR by part, and the ratio of all but the statistics to the forward passes for keys."""
+    """ROCR at a random model of a shape: a given block, and the choice among four."""
     import edit
     from excise.testbed import facts
 
@@ -82,32 +113,39 @@ def rocr_cost(shape: str, rounds: int) -> dict[str, Any]:
     given = Localization.of([f"blocks.{middle}.hook_resid_post@subject_last"])
     four = Localization.of([f"blocks.{middle + i}.hook_resid_post@subject_last" for i in range(-1, 3)])
     module: Any = sys.modules["edit.rocr"]
-    plain = {"name_aware": module.name_aware, "read_keys": module.read_keys}
-    targets = Redirection.targets
-    found: dict[str, Any] = {}
-    try:
-        for name, where in (("given block", given), ("choice of four", four)):
-            ratios = []
-            for turn in range(rounds + 1):
-                watch = Stopwatch()
-                module.name_aware = watch.wrap("statistics", plain["name_aware"])
-                module.read_keys = watch.wrap("keys", plain["read_keys"])
-                Redirection.targets = watch.wrap("keys", targets)  # type: ignore[method-assign]
-                start = time.process_time()
-                edit.rocr(model, forget, retain, where, budget=BUDGET, relatives=4)
-                total = time.process_time() - start
-                if turn:  # the first one warms up
-                    ratios.append((total - watch.seconds["statistics"]) / watch.seconds["keys"])
-            found[name] = {
-                "ratio": float(np.median(ratios)),
-                "interval": interval(ratios),
-                "total": total,
-                **watch.seconds,
-            }
-    finally:
-        module.name_aware, module.read_keys = plain["name_aware"], plain["read_keys"]
-        Redirection.targets = targets  # type: ignore[method-assign]
-    return found
+    parts = {"statistics": [(module, "name_aware")], "keys": [(module, "read_keys"), (Redirection, "targets")]}
+    places = {"given block": given, "choice of four": four}
+    return {
+        name: after_statistics(
+            partial(edit.rocr, model, forget, retain, where, budget=BUDGET, relatives=4), parts, rounds
+        )
+        for name, where in places.items()
+    }
+
+
+def lunar_cost(rounds: int) -> dict[str, Any]:
+    """LUNAR at the embedded model, which declines: a given place and strength, a given place, and the choice of both."""
+    import edit
+    from excise import requests
+    from excise.testbed import facts, general_text
+
+    model, module = load("testbed:dense"), sys.modules["edit.lunar"]
+    known = facts("dense", people=8, seed=4201)
+    forget, retain = known.group("forget"), known.group("retain", "neighbour")
+    texts = tuple(general_text("dense", 200, seed=4201, exclude=forget.subjects))
+    parts = {"statistics": [(requests, "text_moments"), (module, "own_words")], "keys": [(requests, "read_inputs")]}
+    here = Localization.of([f"blocks.{model.n_layers // 2}.hook_resid_post@last"])
+    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "given place and strength": (here, {"position": "last", "strength": 4.0}),
+        "given place": (here, {"position": "last"}),
+        "choice of both": (None, {}),
+    }
+    return {
+        name: after_statistics(
+            partial(edit.lunar, model, forget, retain, where, texts=texts, least=0.0, **options), parts, rounds
+        )
+        for name, (where, options) in cases.items()
+    }
 
 
 def interval(values: list[float]) -> list[float]:
@@ -213,15 +251,11 @@ def main() -> None:
         raise SystemExit(f"the solve failed:\n{done.stderr}")
     solve = json.loads(done.stdout.splitlines()[-1])
     written = export_cost(shape, args.rounds or (6 if args.quick else 12))
+    lunar = lunar_cost(1 if args.quick else 3)
     bars = [
-        bar(
-            f"ROCR after statistics / the forward passes that read its keys, {name}",
-            r["ratio"],
-            r["interval"],
-            AIMS["rocr"],
-        )
-        for name, r in rocr.items()
-    ]
+        bar(f"{editor} after statistics / the forward passes that read its keys, {name}", r["ratio"], r["interval"], AIMS["keys"])
+        for editor, found in (("ROCR", rocr), ("LUNAR", lunar)) for name, r in found.items()
+    ]  # fmt: skip
     bars += [
         bar(
             f"seconds for {solve['concepts']} concepts in one solve at d_mlp {solve['d_in']}",
@@ -239,7 +273,7 @@ def main() -> None:
     settings = {
         "shape": shape, "threads": 1, "torch": torch.__version__, "python": platform.python_version(), "quick": args.quick,
     }  # fmt: skip
-    results = {"rocr": rocr, "solve": solve, "export": written}
+    results = {"rocr": rocr, "lunar": lunar, "solve": solve, "export": written}
     print(json.dumps({"benchmark": "edit_cost", "settings": settings, "results": results, "bars": bars}))
 
 
