@@ -39,9 +39,14 @@ class Attack:
         """Whether it brings back more than a model that never knew gives."""
         return self.p < RATE and self.change.value > 0
 
+    @property
+    def label(self) -> str:
+        """Its name, with the variant where there are several."""
+        name = self.name.replace("_", " ")
+        return f"{name} ({self.variant})" if self.variant not in ("", ANY) else name
+
     def __str__(self) -> str:
-        name = f"{self.name} ({self.variant})" if self.variant not in ("", ANY) else self.name
-        return f"{name} {self.change.value:+.2f} [{self.change.low:+.2f}, {self.change.high:+.2f}]"
+        return f"{self.label} {self.change.value:+.2f} [{self.change.low:+.2f}, {self.change.high:+.2f}]"
 
 
 def attacks(results: Results, who: Mapping[str, str]) -> list[Attack]:
@@ -54,7 +59,7 @@ def attacks(results: Results, who: Mapping[str, str]) -> list[Attack]:
         (name, variant, drawn)
         for name in results.evaluations
         if is_attack(name) and ("oracle" in who or name not in GUESSABLE)
-        for variant in _variants(results, who["edited"], name)
+        for variant in worst_variants(results, who["edited"], name)
         if (drawn := _drawn(results, who, name, variant)) is not None
     ]
     if not found:
@@ -69,8 +74,8 @@ def is_attack(name: str) -> bool:
     return family(name) == "elicitation" and name not in DIAGNOSES
 
 
-def _variants(results: Results, arm: str, name: str) -> list[str]:
-    """The worst case where there is one; else every variant that has a value per fact."""
+def worst_variants(results: Results, arm: str, name: str) -> list[str]:
+    """What counts of an attack: its worst case where there is one; else every variant that has a value per fact."""
     scores = results.scores.get((arm, name), ())
     variants = dict.fromkeys(s.variant for s in scores if s.value is not None and s.fact and s.group == "forget")
     # Of a curve over steps its best point counts, as for the oracle; the others would be the same attack again.

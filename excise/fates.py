@@ -35,7 +35,7 @@ AGREE = 3
 # What looks at single facts from inside: evaluation, variant, whether a high value means that it is there.
 INSIDE = (
     ("lens", "hit@5, any layer", True),
-    ("unlearning_depth", "erased", False),
+    ("unlearning_depth", "depth", False),
 )
 
 

@@ -88,6 +88,12 @@ def arm_style(arms: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {arm: edited[arm] if arm in edited else fixed[arm_role(arm)] for arm in arms}
 
 
+def quiet(axes: Any, axis: str = "y") -> None:
+    """Faint lines behind the data, along one axis or "both"."""
+    axes.grid(axis=axis, color="#999999", alpha=0.35, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
 def figure_svg(figure: Figure) -> str:
     """The figure as an SVG element for inlining: same bytes every time, ids of its own, ink that follows the page."""
     buffer = io.StringIO()

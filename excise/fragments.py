@@ -4,50 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from excise.comparison import arm_role
-from excise.facts import GROUPS, Facts
+from excise.facts import Facts
 from excise.page import Cell, Raw, esc, grid, number, table, tag
 from excise.scores import Localization, Results, Row
 
+if TYPE_CHECKING:
+    from excise.overview import Line, Part
+
 MOST_ROWS = 30
-# Evaluations in the order in which they are read; others follow.
-ORDER = ("recall", "probability", "refusal", "form_spread", "drift", "lens", "probe")
-# What one hopes for: by evaluation, start of the variant and group.
-WANTED = {
-    ("recall", "", "forget"): "low",
-    ("probability", "", "forget"): "as oracle",
-    ("refusal", "", "forget"): "as oracle",
-    ("form_spread", "easiest", "forget"): "as oracle",
-    ("form_spread", "hardest", "forget"): "as oracle",
-    ("lens", "hit", "forget"): "as oracle",
-    ("probe", "refit", "forget"): "as oracle",
-    ("probe", "transfer", "forget"): "as oracle",
-    ("refusal", "", "unknown"): "high",
-    ("refusal", "", "retain"): "low",
-    ("refusal", "", "neighbour"): "low",
-    ("drift", "kl", ""): "low",
-    ("drift", "relative", ""): "near 0",
-    ("recall", "", ""): "as before",
-    ("probability", "", ""): "as before",
-    ("form_spread", "hardest", ""): "as before",
-}
 
 
 def results_table(results: Results) -> Raw:
-    """Measures down, arms across, each with interval and n; forms pooled, single layers left to the figures."""
-    from excise.plots import result_panels
+    """Measures down, arms across, each with interval and n: family by family what is read first, the rest folded.
 
-    heads = ["measure", *(arm_label(a, results.modes.get(a, "")) for a in results.arms)]
-    lines = []
-    for title, rows in sorted(result_panels(results).items(), key=lambda panel: _place(panel[1][0].evaluation, ORDER)):
-        for group in sorted({r.group for r in rows}, key=lambda g: _place(g, GROUPS)):
-            found = {r.arm: r for r in rows if r.group == group}
-            cells = [interval_cell(found[a]) if a in found else None for a in results.arms]
-            wanted = _wanted(rows[0].evaluation, rows[0].variant, group)
-            note = f"{group or 'all'} facts{f', wanted: {wanted}' if wanted else ''}"
-            lines.append([Raw(esc(title.replace("_", " ")) + tag("small", note)), *cells])
+    Forms are pooled, single layers are left to the figures; numbers that are made of many scores come last.
+    """
+    from excise.overview import overview
+
     skipped = {
         f"{k[1]}: {s.reason}" for k, scores in results.scores.items() for s in scores if s.value is None and s.reason
     }
@@ -56,18 +32,31 @@ def results_table(results: Results) -> Raw:
         tag("summary", f"Not measured ({len(skipped)} reasons)"),
         tag("ul", *(tag("li", s) for s in sorted(skipped)[:MOST_ROWS])),
     )
-    return Raw(table(heads, lines, sortable=True) + (lost if skipped else ""))
+    return Raw("".join(_part(part, results) for part in overview(results)) + (lost if skipped else ""))
 
 
-def _place(name: str, order: Sequence[str]) -> tuple[int, str]:
-    return (order.index(name) if name in order else len(order)), name
+def _part(part: Part, results: Results) -> Raw:
+    rest = tag("details", tag("summary", f"{len(part.rest)} more measures"), _lines(part.rest, results))
+    return tag(
+        "details",
+        tag("summary", tag("b", part.title), Raw(" "), tag("span", part.said)),
+        _lines(part.first, results),
+        rest if part.rest else Raw(""),
+        class_="family",
+        open="open",
+    )
 
 
-def _wanted(evaluation: str, variant: str, group: str) -> str:
-    for (name, start, of), text in WANTED.items():
-        if name == evaluation and variant.startswith(start) and of in ("", group) and (of or group != "unknown"):
-            return text
-    return ""
+def _lines(lines: Sequence[Line], results: Results) -> Raw:
+    heads = ["measure", *(arm_label(a, results.modes.get(a, "")) for a in results.arms)]
+    rows = [
+        [
+            Raw(esc(line.name) + tag("small", line.note)),
+            *(interval_cell(line.rows[a]) if a in line.rows else None for a in results.arms),
+        ]
+        for line in lines
+    ]
+    return table(heads, rows, sortable=True)
 
 
 def arm_label(name: str, mode: str = "") -> Raw:
@@ -78,7 +67,8 @@ def arm_label(name: str, mode: str = "") -> Raw:
 
 def interval_cell(row: Row) -> Cell:
     """Value, interval and n of a row."""
-    bracket = tag("small", f"[{number(row.low)}, {number(row.high)}] n {row.n}")
+    inside = f"[{number(row.low)}, {number(row.high)}] " if row.low == row.low else ""  # NaN: it has no interval
+    bracket = tag("small", inside, tag("span", f"n {row.n}"))
     skipped = tag("small", f"{row.n_skipped} not measured") if row.n_skipped else ""
     return Cell(Raw(tag("b", number(row.value)) + bracket + skipped), float(row.value))
 
@@ -125,6 +115,27 @@ def text_table(rows: Sequence[Row] | Sequence[Mapping[str, Any]]) -> str:
         for r in found
     ]
     return grid([*keys, *(["split"] if held else []), "value", "95 % interval", "n"], lines)
+
+
+def text_overview(results: Results, *, whole: bool = False) -> str:
+    """The same for a terminal: each family's sentence and headline rows; all rows when `whole`."""
+    from excise.overview import overview
+
+    found = []
+    for part in overview(results):
+        shown = [*part.first, *(part.rest if whole else ())]
+        cells = [[x.name, x.group, *(_bracketed(x.rows.get(a)) for a in results.arms)] for x in shown]
+        found.append(f"{part.title}. {part.said}".strip() + "\n" + grid(["measure", "facts", *results.arms], cells))
+        if len(shown) < len(part.first) + len(part.rest):
+            found[-1] += f"\n({len(part.rest)} more)"
+    return "\n\n".join(found) or "(nothing was measured)"
+
+
+def _bracketed(row: Row | None) -> str:
+    if row is None:
+        return ""
+    inside = f" [{number(row.low)}, {number(row.high)}]" if row.low == row.low else ""
+    return number(row.value) + inside
 
 
 def mappings_table(rows: Sequence[Mapping[str, Any]]) -> Raw:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,23 @@ from excise.sites import POSITION_CLASSES, Site, position_class
 # One hue per component, as in the figures of ROME (arXiv 2202.05262): state purple, MLP green, attention red.
 COMPONENTS = {"resid": ("hidden state", "Purples"), "mlp": ("MLP", "Greens"), "attn": ("attention", "Reds")}
 # Positive scores in the component's hue, negative ones in grey.
-UNIT_HUES = {"head": "Reds", "query": "Reds", "key": "Reds", "value": "Reds", "expert": "Greens", "neuron": "Greens"}
+UNIT_HUES = {
+    "head": "Reds",
+    "query": "Reds",
+    "key": "Reds",
+    "value": "Reds",
+    "expert": "Greens",
+    "neuron": "Greens",
+    "component": "Purples",
+}
 HEAD_POINTS = {"hook_z": "head", "hook_q": "query", "hook_k": "key", "hook_v": "value"}
+# Points that are the whole output of a component.
+WHOLE = {"hook_attn_out": "attention", "hook_mlp_out": "MLP", "hook_resid_post": "hidden state"}
+# What a method does with a state of its map, and what the cells hold; others restore it.
+CELLS = {
+    "logit_lens": ("read", "above the embedding"),
+    "attribution_patching": ("restored", "effect to first order"),
+}
 # Up to so many sites are read more easily as a ranking.
 FEW = 24
 # Neurons shown of each layer.
@@ -40,7 +55,7 @@ def plot_localization(localization: Localization, fact: str | int | None = None)
     for axes, (component, (grid, labels, marked, span)) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
-        _draw_map(figure, axes, component, grid, labels, marked, span)
+        _draw_map(figure, axes, component, grid, labels, marked, span, localization.recipe)
     return figure
 
 
@@ -50,7 +65,7 @@ def map_figures(localization: Localization, fact: str | int | None = None) -> li
     figures = []
     for component, (grid, labels, marked, span) in (_panels(localization, fact) if localization.maps else {}).items():
         figure = picture(3.7, 1.2 + 0.27 * len(labels))
-        _draw_map(figure, figure.subplots(), component, grid, labels, marked, span)
+        _draw_map(figure, figure.subplots(), component, grid, labels, marked, span, localization.recipe)
         figures.append(figure)
     return figures
 
@@ -67,7 +82,7 @@ def plot_ranking(localization: Localization, *, k: int = 15) -> Figure:
         ends = best.intervals()
         axes.hlines(y, [e.low for e in ends], [e.high for e in ends], color=INK, linewidth=1.2)
     axes.set_yticks(y, [short(str(s), 44) for s in best.sites], fontsize=8, parse_math=False)
-    axes.set_xlabel("mean score" + (" (line: 95 % interval over facts)" if len(best.scores) > 1 else ""))
+    axes.set_xlabel("mean score" + (", 95 % interval" if len(best.scores) > 1 else ""))
     axes.set_title(short(str(localization.recipe.get("method", "sites"))), parse_math=False)
     return figure
 
@@ -118,9 +133,17 @@ def _fact_id(localization: Localization, fact: str | int) -> str:
 
 
 def _draw_map(
-    figure: Figure, axes: Any, component: str, grid: np.ndarray, labels: list[str], marked: list[bool], title: str
+    figure: Figure,
+    axes: Any,
+    component: str,
+    grid: np.ndarray,
+    labels: list[str],
+    marked: list[bool],
+    title: str,
+    recipe: Mapping[str, Any],
 ) -> None:
     """Tokens down, layers across; the subject's tokens carry a star and a bar."""
+    done, unit = CELLS.get(str(recipe.get("method")), ("restored", "indirect effect"))
     name, colours = COMPONENTS.get(component, (component, "Blues"))
     top = float(np.nanmax(grid)) if np.isfinite(grid).any() else 1.0
     mesh = axes.pcolormesh(grid.T, cmap=colours, vmin=0, vmax=max(top, 1e-6), edgecolors="face", linewidth=0.6)
@@ -143,8 +166,8 @@ def _draw_map(
         )
         axes.set_xlim(0, grid.shape[0])
     axes.set_xlabel("layer")
-    axes.set_title(f"{name} restored: {title}", parse_math=False)
-    figure.colorbar(mesh, ax=axes, label="indirect effect", shrink=0.9)
+    axes.set_title(f"{name} {done}: {title}", parse_math=False)
+    figure.colorbar(mesh, ax=axes, label=f"{unit} ({recipe['metric']})" if "metric" in recipe else unit, shrink=0.9)
 
 
 # --- units
@@ -159,19 +182,73 @@ def plot_units(localization: Localization) -> Figure:
     panels = _unit_sites(localization)
     if not panels:
         raise ValueError("no site of this localization is a head, an expert or a neuron: draw a ranking")
-    average = localization.average
-    sizes = [
-        SHOWN if kind == "neuron" else 1 + max(_number(s) for s, _ in found) for (kind, _), found in panels.items()
-    ]
-    figure = picture(4.0 * len(panels), 1.3 + min(5.0, 0.2 * max(sizes)))
+    figure = picture(4.0 * len(panels), _height(panels))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, ((kind, rule), found), rows in zip(grid, panels.items(), sizes, strict=True):
-        layers = 1 + max(s.layer or 0 for s, _ in found)
-        cells, names = _ranked(found, average, layers) if kind == "neuron" else _tabled(found, average, layers, rows)
-        _draw_units(figure, axes, kind, rule, cells)
-        for (x, y), name in names.items():
-            axes.text(x + 0.5, y + 0.5, name, fontsize=6.5, ha="center", va="center", color="white", parse_math=False)
+    for axes, (key, found) in zip(grid, panels.items(), strict=True):
+        _draw_panel(figure, axes, key, found, localization.average)
     return figure
+
+
+@drawn
+def unit_figures(localization: Localization) -> list[Picture]:
+    """The same maps, and one of whole attention and MLP outputs, each a figure of its own; none where there is nothing."""
+    figures, average = [], localization.average
+    components = _component_sites(localization)
+    if components:
+        figure = picture(3.7, 1.2 + 0.27 * len(components))
+        _draw_components(figure, figure.subplots(), components, average)
+        figures.append(figure)
+    for key, found in _unit_sites(localization).items():
+        figure = picture(3.7, _height({key: found}))
+        _draw_panel(figure, figure.subplots(), key, found, average)
+        figures.append(figure)
+    return figures
+
+
+def _height(panels: dict[tuple[str, str], list[tuple[Site, int]]]) -> float:
+    return 1.3 + min(5.0, 0.2 * max(_rows(kind, found) for (kind, _), found in panels.items()))
+
+
+def _rows(kind: str, found: Sequence[tuple[Site, int]]) -> int:
+    return SHOWN if kind == "neuron" else 1 + max(_number(s) for s, _ in found)
+
+
+def _draw_panel(
+    figure: Figure, axes: Any, key: tuple[str, str], found: Sequence[tuple[Site, int]], average: np.ndarray
+) -> None:
+    kind, rule = key
+    layers = 1 + max(s.layer or 0 for s, _ in found)
+    if kind == "neuron":
+        cells, names = _ranked(found, average, layers)
+    else:
+        cells, names = _tabled(found, average, layers, _rows(kind, found))
+    _draw_units(figure, axes, kind, rule, cells)
+    for (x, y), name in names.items():
+        axes.text(x + 0.5, y + 0.5, name, fontsize=6.5, ha="center", va="center", color="white", parse_math=False)
+
+
+def _component_sites(localization: Localization) -> dict[tuple[str, str], list[tuple[Site, int]]]:
+    """(component, position rule) -> sites of the whole output of it, with their columns."""
+    found: dict[tuple[str, str], list[tuple[Site, int]]] = {}
+    for column, site in enumerate(localization.sites):
+        component = WHOLE.get(site.point.rsplit(".", 1)[-1]) if site.unit is None and site.expert is None else None
+        if component and site.layer is not None:
+            found.setdefault((component, str(site.position or "")), []).append((site, column))
+    return dict(sorted(found.items(), key=lambda x: (x[0][1], x[0][0])))
+
+
+def _draw_components(
+    figure: Figure, axes: Any, found: dict[tuple[str, str], list[tuple[Site, int]]], average: np.ndarray
+) -> None:
+    layers = 1 + max(s.layer or 0 for sites in found.values() for s, _ in sites)
+    cells = np.full((len(found), layers), np.nan)
+    for row, sites in enumerate(found.values()):
+        for site, column in sites:
+            cells[row, site.layer] = average[column]
+    _draw_units(figure, axes, "component", "", cells)
+    labels = [f"{component}, {rule.replace('_', ' ')}".removesuffix(", ") for component, rule in found]
+    axes.set_ylabel("")
+    axes.set_yticks(np.arange(len(labels)) + 0.5, labels, fontsize=9, parse_math=False)
 
 
 def _unit_sites(localization: Localization) -> dict[tuple[str, str], list[tuple[Site, int]]]:

@@ -69,7 +69,7 @@ def table(
             for c, right in zip(columns, numeric, strict=True)
         ),
     )
-    body = Raw("\n".join(tag("tr", *(_cell(value, i == 0) for i, value in enumerate(row))) for row in rows))
+    body = Raw("\n".join(tag("tr", *(_cell(v, i == 0, numeric[i]) for i, v in enumerate(row))) for row in rows))
     title = tag("caption", caption) if caption else Raw("")
     whole = tag(
         "table", title, tag("thead", head), Raw("\n"), tag("tbody", body), class_="sortable" if sortable else None
@@ -81,7 +81,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, Cell)) and not isinstance(value, bool)
 
 
-def _cell(value: object, first: bool) -> Raw:
+def _cell(value: object, first: bool, right: bool) -> Raw:
     shown: object = value
     sort: object = None
     if isinstance(value, Cell):
@@ -90,7 +90,7 @@ def _cell(value: object, first: bool) -> Raw:
         shown, sort = number(value), value
     elif value is None:
         shown = "–"  # noqa: RUF001
-    kind = "number" if _is_number(value) else "words" if isinstance(value, str) and len(value) > 40 else None
+    kind = "number" if right or _is_number(value) else "words" if isinstance(value, str) and len(value) > 40 else None
     if first:
         return tag("th", shown, scope="row", data_value=sort)
     return tag("td", shown, class_=kind, data_value=sort)

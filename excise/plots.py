@@ -5,7 +5,6 @@ Arms differ in colour, marker, line and hatch, so that a figure suits grey paper
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +12,23 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from excise.comparison import rows_of
-from excise.figures import BLUE, GREEN, GREY, INK, arm_style, drawn, figure_png, figure_svg, picture, save_figure, short
-from excise.maps import map_figures, mean_map, plot_localization, plot_ranking, plot_units
+from excise.curves import plot_attacks, plot_bargain, plot_steps
+from excise.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    arm_style,
+    drawn,
+    figure_png,
+    figure_svg,
+    picture,
+    quiet,
+    save_figure,
+    short,
+)
+from excise.maps import map_figures, mean_map, plot_localization, plot_ranking, plot_units, unit_figures
+from excise.overview import LAYER
 from excise.scores import Results, Row
 from excise.statistics import aggregate
 
@@ -26,18 +40,20 @@ __all__ = [
     "layer_measures",
     "map_figures",
     "mean_map",
+    "plot_attacks",
+    "plot_bargain",
     "plot_before_after",
     "plot_layers",
     "plot_localization",
     "plot_ranking",
     "plot_results",
+    "plot_steps",
     "plot_tradeoff",
     "plot_units",
     "result_panels",
     "save_figure",
+    "unit_figures",
 ]
-
-LAYER = re.compile(r"^(?:(?P<measure>.*), )?layer (?P<layer>\d+)$")
 
 
 @drawn
@@ -120,10 +136,10 @@ def plot_layers(results: Results, evaluation: str, *, measure: str = "", group: 
             line = {k: v for k, v in style.items() if k != "hatch"}
             axes.plot(x, [r.value for _, r in rows], label=short(arm, 20), markersize=4, linewidth=1.8, **line)
     axes.set_xlabel("layer")
-    axes.set_title(short(f"{evaluation}: {measure} ({group} facts)", 60), parse_math=False)
+    axes.set_title(short(f"{evaluation.replace('_', ' ')}: {measure} ({group} facts)", 60), parse_math=False)
     if all(0 <= r.value <= 1 for name, _, r in layered if name == measure):
         axes.set_ylim(-0.03, 1.03)
-    _quiet(axes)
+    quiet(axes)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handletextpad=0.4)
     return figure
 
@@ -157,7 +173,7 @@ def plot_before_after(results: Results, evaluation: str = "recall", *, group: st
     axes.invert_yaxis()
     axes.set_xlim(-0.03, 1.03)
     axes.set_title(short(f"{evaluation} on {group} facts"), parse_math=False)
-    _quiet(axes, "x")
+    quiet(axes, "x")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1, handletextpad=0.4)
     return figure
 
@@ -187,7 +203,7 @@ def plot_tradeoff(trials: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlabel("damage: probability that answers to keep have lost")
     axes.set_ylabel("still said: probability")
     axes.set_title("Tries", parse_math=False)
-    _quiet(axes, "both")
+    quiet(axes, "both")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return figure
 
@@ -207,9 +223,4 @@ def _draw_bars(axes: Any, title: str, rows: Sequence[Row], arms: Sequence[str]) 
     axes.set_title(short(title.replace("_", " "), 48), parse_math=False)
     if all(0 <= r.low and r.high <= 1 for r in rows):
         axes.set_ylim(0, 1.05)
-    _quiet(axes)
-
-
-def _quiet(axes: Any, axis: str = "y") -> None:
-    axes.grid(axis=axis, color="#999999", alpha=0.35, linewidth=0.6)
-    axes.set_axisbelow(True)
+    quiet(axes)

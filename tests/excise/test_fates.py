@@ -3,7 +3,8 @@
 import pytest
 
 from excise import attacks as beside
-from excise.fates import counted, fates
+from excise import registry
+from excise.fates import INSIDE, counted, fates
 from excise.findings import recovered
 from excise.scores import Results, Score
 from excise.verdict import verdict
@@ -122,7 +123,7 @@ def attacked(edited, oracle, n=40):
 
 def test_recovery_counts_beyond_what_the_oracle_gives_under_the_same_attack():
     said = recovered(attacked(0.5, 0.0), WHO)
-    assert said.state == "bad" and "few_shot +0.50" in said.text and "relearning" not in said.text
+    assert said.state == "bad" and "few shot +0.50" in said.text and "relearning" not in said.text
     assert recovered(attacked(0.5, 0.5), WHO).state == "good", "what an attack teaches the oracle too is not recalled"
     assert recovered(attacked(0.0, 0.0), WHO).state == "good"
     assert "comes back under attack" in verdict(attacked(0.5, 0.0)).headline
@@ -147,3 +148,9 @@ def test_of_a_curve_over_steps_its_best_point_counts():
         scores[arm, "relearning"] = tuple(s for part in curve.values() for s in part)
     found = beside.attacks(Results(scores), WHO)
     assert [(a.name, a.variant) for a in found] == [("few_shot", ""), ("relearning", "best")]
+
+
+@pytest.mark.parametrize(("name", "variant", "_"), INSIDE)
+def test_what_looks_inside_is_called_by_a_name_that_it_gives(name, variant, _):
+    said = registry.method("evaluation", name).function.__doc__
+    assert f'"{variant}"' in said.replace("\n   ", "")

@@ -7,43 +7,17 @@ import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
+from audited import EVIL, edit, facts, localization
 
 from excise.comparison import paired, roles
-from excise.facts import Fact, Facts, Prompt
 from excise.page import number, plain
 from excise.report import edit_table, facts_table, localization_table, results_table, text_table, write_report
-from excise.scores import Localization, Results, Row, Score, TraceMap
-from excise.sites import Site
+from excise.scores import Results, Row, Score
 from excise.verdict import verdict
 
-EVIL = """<script>alert('x')</script>"><img src=x onerror="alert(1)">&amp;"""
 VOID = {"meta", "br", "img", "link", "input", "hr"}
-
-
-def facts(evil: str = EVIL) -> Facts:
-    found = []
-    for i in range(12):
-        subject = f"Person {i} {evil if i == 0 else ''}".strip()
-        prompts = (
-            Prompt(f"{subject} lives in", f"Rome{evil}", subject),
-            Prompt(f"Where does {subject} live?", f"Rome{evil}", subject, form="question"),
-        )
-        found.append(
-            Fact(
-                f"f{i}{evil if i == 0 else ''}",
-                subject,
-                f"Rome{evil}",
-                prompts,
-                "home",
-                ("forget", "retain", "neighbour")[i % 3],
-            )
-        )
-    return Facts(found)
 
 
 def results(
@@ -92,20 +66,6 @@ def results(
             Score("u", "", "", None, reason=f"none {EVIL}"),
         )
     return Results(scores, {"before": "none", "rocr": "weight", "control": "weight", "oracle": "none"})
-
-
-def localization() -> Localization:
-    sites = tuple(Site(f"blocks.{i}.hook_resid_post", "subject_last") for i in range(3))
-    grid = np.random.default_rng(0).random((3, 4))
-    maps = (
-        TraceMap(f"f0{EVIL}", ("<s>", EVIL, "b", "in"), (1, 3), {"resid": grid, "mlp": grid, "attn": grid}, 0.0, 1.0),
-    )
-    return Localization(sites, np.ones((1, 3)), (f"f0{EVIL}",), {"method": "causal_trace"}, None, maps)
-
-
-def edit() -> Any:
-    row = {"site": "blocks.1.mlp.W_out", "kind": "low rank", "rank": 2, "norm": 0.123456, "gate": EVIL}
-    return SimpleNamespace(summary=lambda: [row], recipe={"method": EVIL})
 
 
 @pytest.fixture(scope="module")
