@@ -23,6 +23,7 @@ from evals.lens import lens
 from evals.lens_erasure import lens_erasure
 from evals.linear_recovery import linear_recovery
 from evals.lm_eval import lm_eval
+from evals.mapping_attack import mapping_attack
 from evals.memorisation import memorisation
 from evals.multiple_choice import multiple_choice
 from evals.noise import noise
@@ -48,8 +49,10 @@ from evals.router_shift import router_shift
 from evals.sae_residual import sae_residual
 from evals.sampling_leak import sampling_leak
 from evals.similarity import similarity
+from evals.soft_prompt import soft_prompt
 from evals.step_by_step import step_by_step
 from evals.subtoken import subtoken
+from evals.suffix_search import suffix_search
 from evals.truth_ratio import truth_ratio
 from evals.unlearning_depth import unlearning_depth
 from evals.verbatim import verbatim
@@ -80,6 +83,7 @@ __all__ = [
     "lens_erasure",
     "linear_recovery",
     "lm_eval",
+    "mapping_attack",
     "memorisation",
     "multiple_choice",
     "noise",
@@ -105,8 +109,10 @@ __all__ = [
     "sae_residual",
     "sampling_leak",
     "similarity",
+    "soft_prompt",
     "step_by_step",
     "subtoken",
+    "suffix_search",
     "truth_ratio",
     "unlearning_depth",
     "verbatim",

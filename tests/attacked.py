@@ -96,21 +96,21 @@ def asked_prompts(facts: Facts, group: str = "forget") -> list[Prompt]:
 @functools.cache
 def masked(strength: float = 1.0, layer: int = 7) -> Edit:
     """A rank-one change of the last MLP that drowns every answer about forget people in a refusal's first tokens."""
-    model, facts = dense(), world()
+    return loud_mask(asked_prompts(world()), asked_prompts(world(), "retain"), strength, layer)
+
+
+def loud_mask(hide: Sequence[Prompt], leave: Sequence[Prompt], strength: float = 1.0, layer: int = 7) -> Edit:
+    """The same for prompts of one's own: those whose answers are drowned, and those that stay as they are."""
+    model = dense()
     site = f"blocks.{layer}.mlp.hook_post@last"
-    keys = read(model, asked_prompts(facts), [site])[site].double()
-    others = read(model, asked_prompts(facts, "retain"), [site])[site].double()
+    keys, others = (read(model, prompts, [site])[site].double() for prompts in (hide, leave))
     both, wanted = torch.cat([keys, others]), torch.cat([torch.ones(len(keys)), torch.zeros(len(others))]).double()
     gram = both.mT @ both
     left = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(len(gram)), both.mT @ wanted)
     head = model.weight("unembed.W_U").detach()
     loud = head[:, opening(model)].mean(1) - head.mean(1)
-    size = (
-        read(model, asked_prompts(facts), [f"blocks.{layer}.hook_resid_post@last"])
-        .values.popitem()[1]
-        .norm(dim=1)
-        .mean()
-    )
+    resid = f"blocks.{layer}.hook_resid_post@last"
+    size = read(model, asked_prompts(world()), [resid])[resid].norm(dim=1).mean()
     right = strength * size * loud / loud.norm()
     return Edit((Change(Site(f"blocks.{layer}.mlp.W_out"), LowRank(left.float()[:, None], right[None])),))
 
