@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from excise.arms import Arm, compare
     from excise.checkpoint import export
     from excise.edits import Edit
+    from excise.errors import ExciseError
     from excise.facts import Fact, Facts, Prompt
     from excise.facts_io import read_facts, write_facts
     from excise.model import Model, load
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Arm": "arms",
     "Edit": "edits",
+    "ExciseError": "errors",
     "Fact": "facts",
     "Facts": "facts",
     "Localization": "scores",
@@ -48,6 +50,7 @@ _HOME = {
 __all__ = [
     "Arm",
     "Edit",
+    "ExciseError",
     "Fact",
     "Facts",
     "Localization",
