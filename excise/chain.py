@@ -106,6 +106,7 @@ class Run:
             "sites": [str(s) for s in self.edit.sites],
             "verified": self.verification.ok,
             "results": [plain_row(r) for r in self.results.table(seed=inputs.seed)],
+            "summary": [plain_row(r) for r in self.results.summary()],
             "report": str(self.report),
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             **({"search": self.search} if self.search else {}),

@@ -6,10 +6,9 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from excise import __version__
 from excise.arms import Arm, evaluate
-from excise.errors import ExciseError
 from excise.facts import Facts
 from excise.facts_io import as_record
-from excise.files import write_text
 from excise.model import tensor_fingerprint
 from excise.progress import bar
 from excise.registry import Method
-from excise.scores import Results, Row, Score
+from excise.scores import Results, Score
+from excise.store import Store, plain_row, read_results
+
+__all__ = ["EVALUATIONS", "Store", "digest", "facts_digest", "measure", "plain_row", "read_results", "settings"]
 
 EVALUATIONS = ("recall", "probability", "form_spread", "drift", "refusal", "lens", "probe")
 
@@ -123,16 +123,6 @@ def settings(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     return {o.name: o.default for o in method.options} | dict(given)
 
 
-def plain_row(row: Row) -> dict[str, Any]:
-    """One line of the long table as plain values; `held_out` and `variant` only where they apply."""
-    found: dict[str, Any] = {"arm": row.arm, "evaluation": row.evaluation, "group": row.group, "form": row.form}
-    found |= {k: None if math.isnan(v) else v for k in ("value", "low", "high") for v in [float(getattr(row, k))]}
-    found["n"] = row.n
-    if row.held_out:
-        found["held_out"] = True
-    return found | {k: v for k in ("variant", "n_skipped", "mode") if (v := getattr(row, k))}
-
-
 def _state(arm: Arm) -> list[Any]:
     """What an arm's answers depend on: the model, every number of its edit, and what a special arm does besides."""
     changes = arm.edit.changes if arm.edit else ()
@@ -146,90 +136,3 @@ def _state(arm: Arm) -> list[Any]:
 def _contents(part: Any) -> list[Any]:
     values = {k: tensor_fingerprint(v) if isinstance(v, Tensor) else str(v) for k, v in vars(part).items()}
     return [type(part).__name__, values]
-
-
-class Store:
-    """Finished items by key, one JSON line each, flushed to the disk as they come. Without a path it keeps nothing."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.lines: dict[str, str] = {}
-        self.seconds: dict[str, float] = {}
-        if path is not None and path.is_file():
-            # A killed run can leave half a line at the end: only whole lines count.
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                record = _decoded(line)
-                if "scores" in record:
-                    self.lines[record["key"]] = line
-        # (arm, key): what two arms of the same state share is kept once for each.
-        self.used: dict[tuple[str, str], None] = {}
-        self._tidy(list(self.lines.values()))
-
-    def get(self, key: str, arm: str) -> tuple[Score, ...] | None:
-        """The scores of an item, now those of this arm; or None."""
-        if key not in self.lines:
-            return None
-        self.used[arm, key] = None
-        record = json.loads(self.lines[key])
-        self.seconds[key] = record.get("seconds", 0.0)
-        return tuple(Score(**s) for s in record["scores"])
-
-    def add(self, key: str, arm: Arm, method: Method, scores: Sequence[Score], seconds: float = 0.0) -> None:
-        """Append one item."""
-        record: dict[str, Any] = {
-            "key": key,
-            "arm": arm.name,
-            "evaluation": method.name,
-            "mode": arm.mode,
-            "seconds": round(seconds, 3),
-            "scores": [_compact(s) for s in scores],
-        }
-        self.lines[key] = json.dumps(record, ensure_ascii=False)
-        self.seconds[key] = record["seconds"]
-        self.used[arm.name, key] = None
-        if self.path is not None:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(self.lines[key] + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise ExciseError(
-                    f"{self.path}: could not write it ({error.strerror}); free some space, run the same command again"
-                ) from error
-
-    def close(self, results: Results) -> None:
-        """Leave the items of this run and the table made of them."""
-        rows = [json.dumps(plain_row(r), ensure_ascii=False) for r in results.table()] if self.path is not None else []
-        self._tidy([self._named(key, arm) for arm, key in self.used] + rows)
-
-    def _named(self, key: str, arm: str) -> str:
-        record = json.loads(self.lines[key])
-        return self.lines[key] if record["arm"] == arm else json.dumps({**record, "arm": arm}, ensure_ascii=False)
-
-    def _tidy(self, lines: Sequence[str]) -> None:
-        if self.path is not None:
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
-
-
-def read_results(path: Path) -> Results:
-    """What `measure` kept, as Results."""
-    records = [r for r in map(_decoded, path.read_text(encoding="utf-8").splitlines()) if "scores" in r]
-    if not records:
-        raise ExciseError(f"{path}: no finished item in it; run the command that makes it again")
-    scores = {(r["arm"], r["evaluation"]): tuple(Score(**s) for s in r["scores"]) for r in records}
-    return Results(scores, {r["arm"]: r["mode"] for r in records})
-
-
-def _compact(score: Score) -> dict[str, Any]:
-    return {k: v for k, v in asdict(score).items() if v not in ("", False) or isinstance(v, float)} | {
-        "fact": score.fact, "subject": score.subject, "group": score.group, "value": score.value,
-    }  # fmt: skip
-
-
-def _decoded(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -63,12 +63,13 @@ def settings_of(inputs: Inputs) -> dict[str, Any]:
         "evaluations": list(inputs.evaluations),
         "seeds": {"run": inputs.seed},
         "fingerprints": prints,
-        "versions": _versions(),
+        "versions": versions(),
         "undo": f"{inputs.model.name} was never written to: load it without edit.safetensors and all is as it was.",
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of everything that a number depends on."""
     from importlib import metadata
 
     names = ("torch", "transformers", "transformer-lens")

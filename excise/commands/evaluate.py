@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from excise.commands import common, options
+from excise.commands import common, options, outcome
 from excise.progress import say
 
 if TYPE_CHECKING:
@@ -79,34 +79,52 @@ def run(args: argparse.Namespace) -> int:
     kept = folder / "results.jsonl" if folder else None
     results = measure(arms, methods, facts, shared=shared, own=own, kept=kept, minutes=args.minutes)
     if folder:
-        _write(folder, args, facts, results)
+        _write(folder, args, facts, results, arms)
     _show(args, facts, results)
     return 3 if bad else 0
 
 
 def _show(args: argparse.Namespace, facts: Facts, results: Results) -> None:
-    from excise.audit import outcome, told
+    from excise.audit import outcome as judged
+    from excise.audit import told
+    from excise.fragments import text_overview
     from excise.measure import plain_row
-    from excise.report import text_table
 
-    table = results.table(seed=args.seed)
     if args.format == "json":
-        common.print_json({"facts": facts.counts, "results": [plain_row(r) for r in table], **outcome(results)})
+        table, summary = ([plain_row(r) for r in rows] for rows in (results.table(seed=args.seed), results.summary()))
+        common.print_json({"facts": facts.counts, "results": table, "summary": summary, **judged(results)})
     else:
-        print(text_table(table))
+        print(text_overview(results, whole=bool(args.evaluations)))
+        forms = outcome.by_form(results, args.seed)
+        print("\nRecall of the facts to forget, by form" if forms else "")
+        common.print_rows(forms)
         print(f"\n{common.printable_lines(told(results))}")
+        print(
+            "\nEvery row: --format json" + (f", {args.out}/results.jsonl, {args.out}/report.html" if args.out else "")
+        )
 
 
-def _write(folder: Path, args: argparse.Namespace, facts: Facts, results: Results) -> None:
+def _write(folder: Path, args: argparse.Namespace, facts: Facts, results: Results, arms: Sequence[Arm]) -> None:
     """What `excise report` reads, and the report."""
     import json
 
     from excise.edits import Edit
     from excise.facts_io import write_facts
     from excise.files import write_text
+    from excise.record import versions
     from excise.report import write_report
 
-    settings = {"command": common.typed(args), "seconds": results.recipe.get("seconds", {})}
+    settings = {
+        "command": common.typed(args),
+        "model": args.model,
+        "facts": facts.counts,
+        "evaluations": results.evaluations,
+        "seeds": {"run": args.seed},
+        "fingerprints": {a.name: a.model.fingerprint for a in arms},
+        "versions": versions(),
+        "seconds": results.recipe.get("seconds", {}),
+        **({"left_out": left_out} if (left_out := results.recipe.get("left_out")) else {}),
+    }
     write_facts(folder / "facts.jsonl", facts)
     write_text(folder / "run.json", json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
     edit = Edit.load(args.edit) if args.edit else None

@@ -64,6 +64,12 @@ def side_by_side(results: Results, seed: int = 0) -> list[dict[str, Any]]:
     return [_filled(cells, results.arms) for cells in table.values()]
 
 
+def by_form(results: Results, seed: int = 0) -> list[dict[str, Any]]:
+    """Recall of the facts to forget, form by form: the rows of `side_by_side` that tell it."""
+    found = side_by_side(results, seed) if "recall" in results.evaluations else []
+    return [row for row in found if (row["measure"], row["group"]) == ("recall", "forget")]
+
+
 def _is_headline(row: Row) -> bool:
     return (row.evaluation, row.group) == ("recall", "forget")
 
