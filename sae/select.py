@@ -16,7 +16,7 @@ from excise.encoding import Batch
 from excise.features import scaling
 from excise.gradients import answer_losses, frozen
 from excise.model import Model
-from excise.trace import patched
+from excise.trace import patched, read_batch
 from sae.dictionary import Dictionary
 from sae.reading import Text, content
 from sae.statistics import CHUNK, FeatureStats
@@ -86,7 +86,8 @@ def ranked(
     others = [retain] * len(forget) if isinstance(retain, FeatureStats) else list(retain)
     pairs = list(zip(forget, others, strict=True))
     if rule == "attribution":
-        effect = attribution(model, dictionary, prompts, groups)
+        allowed = torch.stack([(r.rate < most) & (f.count >= 1) for f, r in pairs])
+        effect = attribution(model, dictionary, prompts, groups, allowed)
         return torch.stack([attributed(e, f, r, most=most) for e, (f, r) in zip(effect, pairs, strict=True)])
     if rule == "sparsity":
         return torch.stack([sparsity(f, r, most=most) for f, r in pairs])
@@ -108,24 +109,49 @@ def shared_out(scores: Tensor, n: int) -> list[int]:
     return list(chosen)
 
 
-def attribution(model: Model, dictionary: Dictionary, prompts: Sequence[Text], groups: Sequence[int]) -> Tensor:
-    """How much of the answers' log-probability goes with each feature, to first order: [n_groups, n].
+def attribution(
+    model: Model,
+    dictionary: Dictionary,
+    prompts: Sequence[Text],
+    groups: Sequence[int],
+    candidates: Tensor | None = None,
+    *,
+    steps: int = 4,
+) -> Tensor:
+    """How much of the answers' log-probability hangs on each feature, [n_groups, n].
 
-    Sum over the content tokens of a * (decoder . d log p(answer) / dx), p as the mean over the answer's tokens; then the
-    mean over the prompts of each group. It is what ablating the feature would take away.
+    Integrated gradients (arXiv 1703.01365; for features arXiv 2403.19647) along the path on which the candidates of a group
+    go out together, on the content tokens: a * (decoder . mean slope of log p(answer)), p as the mean over the answer's
+    tokens; summed over tokens, then the mean over the prompts of each group. The sum over the candidates is what ablating
+    all of them takes away, and one candidate alone gets what ablating it takes away, both up to the `steps` of the path.
+    The slope at the state itself would not do: an answer that is certain has none, and features stand in for each other.
+
+    candidates: features that go out, [n] or [n_groups, n]; all when left out. Others get what they would be given there.
     """
     found = torch.zeros(max(groups) + 1, dictionary.n, dtype=torch.float64)
+    leaving = torch.ones(dictionary.n, dtype=torch.bool) if candidates is None else candidates
+    leaving = leaving.expand(len(found), dictionary.n).to(dictionary.decoder.device)
     # A backward pass holds every activation, so batches are smaller than for reading.
     for index, batch in model.batches(list(prompts), answers=True, tokens=model.batch_tokens // 4):
-        x, slope = _slope(model, dictionary.hook, batch)
-        counts = content(model, batch)
+        x, counts = read_batch(model, batch, [dictionary.hook])[dictionary.hook], content(model, batch)
         owner = torch.tensor([groups[i] for i in index])[:, None].expand(counts.shape)[counts.cpu()]
         rows = max(1, CHUNK // dictionary.n)
-        for xs, gs, of in zip(x[counts].split(rows), slope[counts].split(rows), owner.split(rows), strict=True):
-            part = first_order(dictionary, xs, gs).double().cpu()
-            found.index_add_(0, of, part)
+        chunks = list(zip(x[counts].split(rows), owner.split(rows), strict=True))
+        part = torch.zeros_like(x)
+        part[counts] = torch.cat([_written(dictionary, xs, leaving[of]) for xs, of in chunks]).to(x.dtype)
+        places = [(step + 0.5) / steps for step in range(steps)]
+        slope = sum(_slope(model, dictionary.hook, batch, x - (1 - at) * part)[counts].float() for at in places) / steps
+        for (xs, of), gs in zip(chunks, torch.as_tensor(slope).split(rows), strict=True):
+            found.index_add_(0, of, first_order(dictionary, xs, gs).double().cpu())
     size = torch.bincount(torch.tensor(groups), minlength=len(found)).clamp_min(1)
     return found / size[:, None]
+
+
+def _written(dictionary: Dictionary, x: Tensor, features: Tensor) -> Tensor:
+    """What some features write into x [tokens, d]; features: [tokens, n]."""
+    written = torch.where(features, dictionary.encode(x), 0.0) @ dictionary.decoder
+    scale = scaling(x.float(), dictionary.norm)[1]
+    return written if scale is None else written * scale
 
 
 def first_order(dictionary: Dictionary, x: Tensor, gradient: Tensor) -> Tensor:
@@ -135,18 +161,13 @@ def first_order(dictionary: Dictionary, x: Tensor, gradient: Tensor) -> Tensor:
     return dictionary.encode(x) * (pull if scale is None else pull * scale)
 
 
-def _slope(model: Model, hook: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """x at the hook and the gradient of the answers' mean log-probability there, both [rows, width, d]."""
-    kept: list[Tensor] = []
-
-    def leaf(x: Tensor) -> Tensor:
-        kept.append(x.detach().requires_grad_(True))
-        return kept[0]
-
-    with frozen(model), patched(model, {hook: leaf}), torch.enable_grad():
+def _slope(model: Model, hook: str, batch: Batch, x: Tensor) -> Tensor:
+    """The gradient of the answers' mean log-probability at x, put in at the hook, [rows, width, d]."""
+    leaf = x.detach().requires_grad_(True)
+    with frozen(model), patched(model, {hook: lambda _: leaf}), torch.enable_grad():
         gain = -answer_losses(model, batch)
-        (slope,) = torch.autograd.grad(gain.sum(), kept)
-    return kept[0].detach(), slope
+        (slope,) = torch.autograd.grad(gain.sum(), [leaf])
+    return slope
 
 
 def matched(stats: FeatureStats, features: Sequence[int], *, seed: int = 0) -> list[int]:
