@@ -73,14 +73,17 @@ class Case:
 
     @cached_property
     def model(self) -> Model:
+        """The embedded model."""
         return load(f"testbed:{self.name}")
 
     @cached_property
     def book(self) -> Dictionary:
+        """Its embedded dictionary."""
         return load_dictionary(f"testbed:{self.name}")
 
     @cached_property
     def known(self) -> Facts:
+        """What is to be forgotten and to be kept: people, or exercises of skills."""
         if self.skill:
             return exercises(self.name, self.skill, seed=self.seed, unknown=0)
         # The people whom the oracle never met are those of the development seeds.
@@ -89,6 +92,7 @@ class Case:
 
     @cached_property
     def texts(self) -> list[str]:
+        """Ordinary texts without what is to be forgotten: the first 100 measure, the editor is shown the others."""
         exclude = [s for s in self.known.group("forget").subjects if s]
         found = general_text(self.name, 800 if self.skill else 400, seed=self.seed, exclude=exclude)
         return [t for t in found if not self.skill or not SIGNS[self.skill](t)][:400]
@@ -311,18 +315,21 @@ def relearned(case: Case, guard: Edit) -> dict[str, Any]:
 
 
 def show(title: str, rows: dict[str, Any]) -> None:
+    """Print a table, a line per row."""
     print(f"\n{title}")
     for name, row in rows.items():
         print(f"  {name:34s} " + "  ".join(f"{k} {text(v)}" for k, v in row.items()))
 
 
 def text(value: Any) -> str:
+    """A value, or an interval, as it is printed."""
     if isinstance(value, list):
         return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]"
     return f"{value:+.4f}" if isinstance(value, float) else str(value)
 
 
 def bar(name: str, interval: Sequence[float], aim: float, *, at_most: bool = False) -> dict[str, Any]:
+    """One figure that is asked for: value and bounds, its aim, and whether the value reaches it."""
     value = float(interval[0])
     holds = value <= aim if at_most else value >= aim
     return {

@@ -24,7 +24,7 @@ from excise.scores import Localization
 from excise.sites import Site
 from sae.detect import members, quorum_gate, share_gate
 from sae.dictionary import Dictionary
-from sae.match import check
+from sae.match import Match, check
 from sae.own import features_in, of_model
 from sae.reading import Text, after
 from sae.select import ranked, shared_out
@@ -86,7 +86,7 @@ def sae_clamp(
         raise ExciseError("clamping needs text to keep: give retain facts or texts=[...]")
     match = check(book, model, [*asked[:64], *halves[0][:64]], least=explained)
     by_subject = grouped(model, book, asked, owner, max(owner) + 1)
-    ordinary = statistics(model, book, halves[0])
+    ordinary, total = statistics(model, book, halves[0]), _sum(by_subject)
     chosen = features_in(where, book) or shared_out(
         ranked(select, model, book, asked, owner, by_subject, ordinary, most=most), features
     )
@@ -95,21 +95,25 @@ def sae_clamp(
             f"no feature of {book.name} fires on the forget facts and on fewer than {most:g} of the retain tokens: "
             "raise most, or take another layer's dictionary"
         )
-    total = _sum(by_subject)
     act = _action(book, chosen, total, action, value, "token" if (gate, mask) == ("none", "all") else mask)
     opened, report = _gate(model, book, gate, chosen, asked, owner, halves, fpr=fpr, window=window)
-    recipe = {
-        "model": model.name,
+    recipe = {"model": model.name, **_described(book, match, act, chosen, total, ordinary), "gate": report}
+    prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
+    return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, prints)
+
+
+def _described(
+    book: Dictionary, match: Match, act: Clamp, chosen: list[int], forget: FeatureStats, retain: FeatureStats
+) -> dict[str, Any]:
+    """What the recipe says of the dictionary and of the features that were chosen."""
+    return {
         "dictionary": {"name": book.name, "fingerprint": book.fingerprint, "hook": book.hook},
         "match": {"explained": match.explained, "l0": match.l0, "same weights": match.same_weights},
         "chosen": chosen,
-        "clamped to": [float(v) for v in act.value] if action == "clamp" else [],
-        "forget rate": [float(total.rate[i]) for i in chosen],
-        "retain rate": [float(ordinary.rate[i]) for i in chosen],
-        "gate": report,
+        "clamped to": [float(v) for v in act.value] if act.mode == "clamp" else [],
+        "forget rate": [float(forget.rate[i]) for i in chosen],
+        "retain rate": [float(retain.rate[i]) for i in chosen],
     }
-    prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
-    return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, prints)
 
 
 def _gate(
@@ -127,6 +131,18 @@ def _gate(
         return None, {}
     if kind == "share":
         return share_gate(model, book, chosen, asked, halves[1], **options)
+    return _quorum(model, book, asked, owner, halves, **options)
+
+
+def _quorum(
+    model: Model,
+    book: Dictionary,
+    asked: Sequence[Text],
+    owner: Sequence[int],
+    halves: tuple[list[Text], list[Text]],
+    **options: Any,
+) -> tuple[Gate, dict[str, Any]]:
+    """A quorum gate of the subjects' own features; raises ExciseError where no subject has any."""
     # A name in the middle of other text fires its features more weakly: read so, too, on both sides.
     seen, passing = (_twice(model, half, half) for half in halves)
     known = members(model, book, _twice(model, asked, halves[0]), [*owner, *owner], seen)

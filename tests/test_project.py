@@ -66,6 +66,13 @@ def test_wheel_holds_the_embedded_models(wheel: list[zipfile.ZipInfo], name: str
     assert found and found[0].file_size <= LARGEST
 
 
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_wheel_holds_the_embedded_dictionaries(wheel: list[zipfile.ZipInfo], name: str) -> None:
+    found = {f.filename: f.file_size for f in wheel if f.filename.startswith(f"sae/embedded/{name}/")}
+    assert set(found) == {f"sae/embedded/{name}/{part}" for part in ("cfg.json", "sae_weights.safetensors")}
+    assert all(size == (ROOT / part).stat().st_size for part, size in found.items())
+
+
 def test_every_dependency_is_pinned_and_installed_as_pinned() -> None:
     from packaging.requirements import Requirement
 

@@ -60,7 +60,7 @@ def test_logits_keep_their_bits_when_no_chosen_feature_is_active(dtype):
         assert not torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("kind", ["standard", "gated", "topk", "layer_norm"])
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "topk", "layer_norm"])
 def test_file_needs_no_dictionary(kind, tmp_path):
     edit = edit_of(of_sae(random_sae(kind)), share=0.1, window=4, sticky=True)
     again = Edit.load(edit.save(tmp_path / "edit.safetensors"))
