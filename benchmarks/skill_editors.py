@@ -117,15 +117,46 @@ def shown_row(row: Mapping[str, Any]) -> str:
     if "refused" in row:
         return f"{head}refused: {row['refused']}"
 
-    def cell(x: Mapping[str, float]) -> str:
-        return f"{x['lost']:.3f} [{x['low']:.3f}, {x['high']:.3f}] n={x['n']}"
-
     group, most = worst(row)
     behind = row["lost"]["target, behind a sentence"]
     return (
-        f"{head}target {cell(row['lost']['target'])}  behind {behind['lost']:.2f} (n={behind['n']})  "
-        f"worst other: {group} {cell(most)}  control {row['control']['target']['lost']:.2f}  {row['seconds']:.0f} s"
+        f"{head}target {_cell(row['lost']['target'])} n={row['lost']['target']['n']}  behind {behind['lost']:.2f} (n={behind['n']})  "
+        f"worst other: {group} {_cell(most)} n={most['n']}  control {row['control']['target']['lost']:.2f}  {row['seconds']:.0f} s"
     )
+
+
+def page(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
+    """The table as Markdown, one section per model."""
+    text = ["# Forgetting a skill", "", *(__doc__ or "").strip().split("\n")[4:], ""]
+    text += [
+        f"    python benchmarks/skill_editors.py --seeds {' '.join(map(str, seeds))} --out docs/skill_editors.md",
+        "",
+    ]
+    for name in dict.fromkeys(r["model"] for r in rows):
+        text += [
+            f"## {name}",
+            "",
+            "| request | editor | target lost | behind a sentence | most lost elsewhere | random twin |",
+        ]
+        text.append("|---" * 6 + "|")
+        for r in (r for r in rows if r["model"] == name):
+            if "refused" in r:
+                text.append(f"| {r['task']} | {r['editor']} | no edit: {r['refused']} | | | |")
+                continue
+            (group, most), target = worst(r), r["lost"]["target"]
+            behind, twin = r["lost"]["target, behind a sentence"], r["control"]["target"]
+            cells = [
+                f"{_cell(target)}, n {target['n']}",
+                f"{behind['lost']:.2f}, n {behind['n']}",
+                f"{group} {_cell(most)}",
+            ]
+            text.append(f"| {r['task']} | {r['editor']} | {' | '.join(cells)} | {twin['lost']:.2f} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _cell(x: Mapping[str, float]) -> str:
+    return f"{x['lost']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
 
 
 def bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -173,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=[*SKILLS, PEOPLE])
     parser.add_argument("--editors", nargs="+", default=list(EDITORS), choices=list(EDITORS))
     parser.add_argument("--rows", type=Path, help="keep finished rows here, one JSON line each, and go on from there")
+    parser.add_argument("--out", type=Path, help="write the table there as Markdown")
     args = parser.parse_args()
     if args.quick:
         args.model, args.tasks, args.editors = ["dense"], ["sorting", PEOPLE], list(PROMISED)
@@ -194,6 +226,8 @@ def main() -> None:
                 for row in (*old, *new):
                     print(shown_row(row), flush=True)
                     rows.append(row)
+    if args.out:
+        args.out.write_text(page(rows, args.seeds), encoding="utf-8")
     settings = {"models": args.model, "seeds": args.seeds, "tasks": args.tasks, "quick": args.quick}
     print(json.dumps({"benchmark": "skill_editors", "settings": settings, "results": rows, "bars": bars(rows)}))
 

@@ -48,6 +48,8 @@ from excise.solve import Covariance, Metric, Solution, compress, solve_edit
 WORTH_TRYING = 0.1
 # ... and those whose real edit does are equally good at forgetting.
 AS_GOOD = 0.02
+# Blocks within this share of the best one can carry a copy.
+WORTH_COPYING = 0.25
 # Prompts that are asked to compare blocks.
 ASKED = 128
 # Wordings in which made-up names are read; what stands before a name changes its key little.
@@ -67,6 +69,7 @@ def rocr(
     *,
     target: str = "fictitious",
     layers: int = 1,
+    copies: int = 2,
     candidates: int = 4,
     contexts: int = 8,
     names: int = 32,
@@ -84,6 +87,8 @@ def rocr(
 
     target: "fictitious" (centroid of made-up names), "centroid" (centroid of the retain names), or a subject's name.
     layers: how many consecutive blocks share the change.
+    copies: how many of the compared blocks carry the whole change each, so that whoever skips one of them, or undoes its
+        change, meets the next one. With a ledger, one.
     candidates: how many blocks from `where` (without it, from the first half of the model) are compared by patching.
     contexts: wordings in which each name is read.
     names: how many names make the centroid.
@@ -132,12 +137,15 @@ def rocr(
         cost.cache_clear()  # the statistics of one block at a time
         return entanglement(model, redirection.mentions, judged, block, aware(block, names=strangers))
 
+    @lru_cache
     def cut(last: int) -> Edit:
         return _cut(model, redirection, guarded, range(last - layers + 1, last + 1), cost, mode, ridge)
 
     book = _opened(model, ledger, layers) if ledger else None
     edit, compared = (Edit(()), []) if book else _best(model, redirection, facts, blocks, entangled, cut)
-    if ledger:
+    if not ledger:
+        edit = _copied(edit, compared, cut, copies - 1, layers)
+    else:
         book = book or _blank(model, edit, cost, mode, ridge)
         book = book.add(*_requests(model, redirection, near, book))
         book.save(ledger)
@@ -187,6 +195,24 @@ def _best(
     good = _near_best([row for row, _ in tried], "effect", AS_GOOD)
     best = min(good, key=lambda row: row["entanglement"])
     return next(edit for row, edit in tried if row is best), compared
+
+
+def _copied(
+    edit: Edit, compared: Sequence[Mapping[str, float]], cut: Callable[[int], Edit], more: int, layers: int
+) -> Edit:
+    """The edit with the same change once more at the next best blocks, the least entangled first, each as if it were alone.
+
+    Where the first change is met, what later blocks read is the target already, which their own columns leave alone.
+    """
+    good = _near_best(compared, "patched", WORTH_COPYING) if compared else []
+    for row in sorted(good, key=lambda row: ("effect" not in row, row.get("entanglement", -row["patched"]))):
+        taken, last = [int(r["block"]) for r in edit.recipe["solution"]], int(row["block"])
+        if more > 0 and not any(last - layers < block <= last for block in taken):
+            copy = cut(last)
+            solution = [*edit.recipe["solution"], *copy.recipe["solution"]]
+            prints = {**edit.fingerprints, **copy.fingerprints}
+            edit, more = Edit(edit.changes + copy.changes, {"solution": solution}, prints), more - 1
+    return edit
 
 
 def _near_best(rows: Sequence[dict[str, float]], key: str, share: float) -> list[dict[str, float]]:

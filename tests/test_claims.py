@@ -8,8 +8,9 @@ import functools
 import pytest
 
 from edit import control, rocr
-from evals import drift, recall, refusal
+from evals import drift, layer_skip, recall, refusal
 from excise.arms import Arm, compare
+from excise.edits import Edit
 from excise.facts import GENERATIVE_FORMS
 from excise.model import load
 from excise.scores import Results
@@ -23,12 +24,23 @@ CASES = [("dense", 1001), ("dense", 2002), ("moe", 3003)]
 
 
 @functools.cache
+def edited(name: str, seed: int) -> Edit:
+    model, known = load(f"testbed:{name}"), facts(name, seed=seed, retain=32, neighbours=24)
+    forget, retain = known.shown.group("forget"), known.shown.group("retain", "neighbour")
+    where = causal_trace(model, forget[::4], seed=seed)
+    return rocr(model, forget, retain, where, texts=texts_of(name, seed)[100:], seed=seed)
+
+
+def texts_of(name: str, seed: int) -> list[str]:
+    people = facts(name, seed=seed, retain=32, neighbours=24).group("forget").subjects
+    return general_text(name, 400, seed=seed, exclude=people)
+
+
+@functools.cache
 def measured(name: str, seed: int) -> Results:
     model, known = load(f"testbed:{name}"), facts(name, seed=seed, retain=32, neighbours=24)
     forget, retain = known.shown.group("forget"), known.shown.group("retain", "neighbour")
-    texts = general_text(name, 400, seed=seed, exclude=forget.subjects)
-    where = causal_trace(model, forget[::4], seed=seed)
-    edit = rocr(model, forget, retain, where, texts=texts[100:], seed=seed)
+    texts, edit = texts_of(name, seed), edited(name, seed)
     assert verify(model, edit, forget.prompts("statement")[:16], retain.prompts("statement")[:16]).ok
     arms = [Arm("before", model), Arm("edited", model, edit), Arm("control", model, control(edit, seed=seed))]
 
@@ -94,3 +106,11 @@ class TestForgettingPeople:
             assert wanted.value >= 0.9 and mine.value >= 0.9, (mine, wanted)
         for row in rows(measured(name, seed), "edited", "declines", "retain"):
             assert row.value <= 0.01, row
+
+    def test_skipping_the_edited_layer_brings_nothing_back(self, name, seed):
+        """Two blocks carry the change; with one the answer is back as soon as its MLP is left out (see layer_skip)."""
+        edit, known = edited(name, seed), facts(name, seed=seed, retain=32, neighbours=24).group("forget")
+        assert len({c.site.layer for c in edit.changes}) == 2
+        scores = layer_skip(Arm("edited", load(f"testbed:{name}"), edit), known, groups=("forget",), limit=16)
+        worst = [s.value for s in scores if s.variant == "any"]
+        assert len(worst) == 16 and sum(worst) / len(worst) <= 0.10

@@ -82,6 +82,30 @@ def test_gap_closes_over_several_blocks(model):
     assert (wanted - after).norm() < 0.05 * (wanted - before).norm()
 
 
+def test_copies_stand_at_further_blocks_each_as_if_alone(model):
+    """Whoever takes one copy away is left with the edit that the other block alone would have had."""
+    several = Localization.of([f"blocks.{i}.mlp.W_out" for i in range(3)])
+    edit, single = rocr(model, FORGET, RETAIN, several), rocr(model, FORGET, RETAIN, several, copies=1)
+    blocks = [r["block"] for r in edit.recipe["solution"]]
+    assert 1 <= len(blocks) <= 2 and len(set(blocks)) == len(blocks)
+    assert blocks[0] == single.recipe["solution"][0]["block"] and len(single.recipe["solution"]) == 1
+    for block in blocks:
+        alone = rocr(model, FORGET, RETAIN, Localization.of([f"blocks.{block}.mlp.W_out"]))
+        mine = [c for c in edit.changes if c.site.layer == block]
+        assert [r["block"] for r in alone.recipe["solution"]] == [block] and len(mine) == len(alone.changes)
+        for a, b in zip(mine, alone.changes, strict=True):
+            assert a.site == b.site
+            torch.testing.assert_close(
+                a.action.delta(model.weight(str(a.site))), b.action.delta(model.weight(str(b.site)))
+            )
+
+
+def test_copies_of_runs_of_blocks_do_not_overlap(model):
+    several = Localization.of([f"blocks.{i}.mlp.W_out" for i in range(3)])
+    blocks = [r["block"] for r in rocr(model, FORGET, RETAIN, several, layers=2, copies=3).recipe["solution"]]
+    assert len(set(blocks)) == len(blocks)
+
+
 def test_other_tokens_move_by_their_leak_and_nothing_else(model):
     """Before the subject a token moves by its own key's share of the change, to rounding; causality allows no other way."""
     edit = rocr(model, FORGET, RETAIN, WHERE)
