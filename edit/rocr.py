@@ -6,7 +6,8 @@ the centroid of a class). No training; only names are used, a fact's answer only
 
 Method: Ye, Zhang, Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795. Beyond it: paired contexts, one
 column per name and context, all names in one solve, protected name-sharers, scale-free ridge, fictitious names as
-target, block by measured effect, experts of a Mixture-of-Experts block as one linear map, books read backwards.
+target, block by measured effect, the change once more at a second block, experts as one linear map, books read
+backwards.
 """
 
 from __future__ import annotations
