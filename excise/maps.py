@@ -81,10 +81,16 @@ def plot_ranking(localization: Localization, *, k: int = 15) -> Figure:
     if len(best.scores) > 1 and len(y):
         ends = best.intervals()
         axes.hlines(y, [e.low for e in ends], [e.high for e in ends], color=INK, linewidth=1.2)
-    axes.set_yticks(y, [short(str(s), 44) for s in best.sites], fontsize=8, parse_math=False)
+    axes.set_yticks(y, [_site_label(s) for s in best.sites], fontsize=8, parse_math=False)
     axes.set_xlabel("mean score" + (", 95 % interval" if len(best.scores) > 1 else ""))
     axes.set_title(short(str(localization.recipe.get("method", "sites"))), parse_math=False)
     return figure
+
+
+def _site_label(site: Site, width: int = 44) -> str:
+    """The site's name; a long one loses its middle, since its block stands in front and its unit at the end."""
+    text, head = short(str(site), 1000), width // 3
+    return text if len(text) <= width else f"{text[:head]}\N{HORIZONTAL ELLIPSIS}{text[head + 1 - width :]}"
 
 
 def mean_map(maps: Sequence[TraceMap], component: str) -> np.ndarray:

@@ -67,8 +67,9 @@ def redirect(
     empty = sorted(kind for kind, found in pool.items() if not found)
     if empty:
         raise ExciseError(
-            f"no target names for {' and '.join(empty)} prompts: made-up names take names of two words or more; give retain facts "
-            "of other names and use target='centroid', or name a neutral subject"
+            f"no target names for {' and '.join(empty)} prompts: a made-up name puts words of known ones "
+            "together anew, and no such name is left; give retain facts of more names of two words, or use "
+            "target='centroid' or the name of a neutral subject"
         )
     return Redirection(tuple(told), tuple(tuple(m.around(name) for name in pool[m.kind]) for m in told))
 

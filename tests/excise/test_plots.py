@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -79,6 +80,10 @@ def test_a_map_per_component_with_the_subject_marked(localization: Localization)
     axes = [a for a in figure.axes if a.get_xlabel() == "layer"]
     assert [a.get_title().split(" restored")[0] for a in axes] == ["hidden state", "MLP", "attention"]
     assert [t.get_text() for t in axes[0].get_yticklabels()] == ["<s>", "A *", "b *", "is"]
+    lens = replace(localization, recipe={"method": "logit_lens", "metric": "logprob"})
+    found = plot_localization(lens, "f1").axes
+    assert found[0].get_title() == "hidden state read: f1"
+    assert any(a.get_ylabel() == "above the embedding (logprob)" for a in found)
     assert len(map_figures(localization)) == 3
     assert len(plot_localization(localization).axes) == 6
 
@@ -88,6 +93,9 @@ def test_what_has_no_map_is_ranked_and_unknown_facts_are_named(localization: Loc
     labels = [t.get_text() for t in plot_localization(flat).axes[0].get_yticklabels()]
     assert labels[0] == "blocks.3.hook_resid_post@subject_last"
     assert plot_localization(flat, 0) and map_figures(flat) == []
+    long = Localization.of(["blocks.31.hook_resid_post.hook_sae_acts_post#16383"])
+    (label,) = (t.get_text() for t in plot_localization(long).axes[0].get_yticklabels())
+    assert label.startswith("blocks.31.") and label.endswith("#16383") and len(label) == 44
     assert plot_ranking(Localization((), np.zeros((1, 0)), ("f",)))
     with pytest.raises(ValueError, match="no map of fact 'x'; maps are of f0, f1"):
         plot_localization(localization, "x")
