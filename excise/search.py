@@ -41,8 +41,10 @@ SPACES: dict[str, Space] = {
     "leace": {},
     "expert_edit": {"experts": [4, 8, 16]},
 }
-# Editors that are told the block; the others find their own places.
-PLACED = ("rocr", "lunar", "rome", "memit", "alphaedit")
+# Editors that choose among the blocks of a localization, and those that are told one block; ROCR leaves its change at
+# several, so it is left to choose. The others find their own places.
+GUIDED = ("rocr", "rome", "memit", "alphaedit")
+PLACED = ("lunar", "rome", "memit", "alphaedit")
 # An edit is multiplied by a strength between these.
 STRENGTHS = (0.7, 1.4)
 # What a try that made no edit is told the optimiser as.
@@ -189,7 +191,7 @@ class Search:
         chosen = method("editor", editor)
         given = {"seed": self.seed, "texts": self.texts or None}
         shared = {o.name: given[o.name] for o in chosen.options if o.name in given}
-        where = self.where if editor in PLACED and editor != "lunar" else None
+        where = self.where if editor in GUIDED else None
         if block is not None:
             where = Localization.of([f"blocks.{block}.hook_resid_post@{rule}" for rule in ("subject_last", "last")])
         found: Edit = chosen.function(self.model, self.forget, self.retain, where, **{**shared, **options})
