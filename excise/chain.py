@@ -257,7 +257,8 @@ def _measure(inputs: Inputs, edited: Sequence[Arm]) -> Results:
         arms.append(Arm("oracle", inputs.oracle))
     known = methods("evaluation")
     chosen = [known[name] for name in inputs.evaluations]
-    say(f"measuring {', '.join(a.name for a in arms)}: {', '.join(inputs.evaluations)}")
+    said = ", ".join(inputs.evaluations) if len(inputs.evaluations) < 10 else f"{len(inputs.evaluations)} evaluations"
+    say(f"measuring {', '.join(a.name for a in arms)}: {said}")
     shared = {"texts": inputs.loss_texts, "refusals": inputs.refusals, "seed": inputs.seed}
     return measure(arms, chosen, inputs.facts, shared=shared, own=MEASURED, kept=inputs.out / "results.jsonl")
 

@@ -125,9 +125,8 @@ def _forgotten(first: Score, asked: Asked, looked: Looked, working: Collection[s
     if not back and drawn - never >= AGREE:
         back = [name for name, (drawn, _) in tried.items() if drawn]
     if back:
-        return fate(
-            "suppressed (recoverable)", back, f"{told}; {drawn} of {len(tried)} attacks draw it, {never} from an oracle"
-        )
+        guessed = f", {never} from the oracle" if "oracle" in asked else ""
+        return fate("suppressed (recoverable)", back, f"{told}; {drawn} of {len(tried)} attacks draw it{guessed}")
     if seen:
         return fate("suppressed (found inside)", seen)
     nothing = f"{told}; {len(tried)} attacks and {len(tools)} looks inside found nothing"

@@ -29,7 +29,8 @@ def show(run: Run, form: str) -> int:
     print()
     print(run.verification)
     edit, model = shlex.quote(str(run.inputs.out / "edit.safetensors")), shlex.quote(run.inputs.model.name)
-    question = next((p.text for f in run.inputs.facts.group("forget") for p in f.ask("question")), "...")
+    forget = run.inputs.facts.group("forget")
+    question = next((p.text for f in forget for p in f.ask("question")), forget[0].prompt.text)
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in run.seconds.items())
     print(f"""
 report   {run.report}

@@ -6,13 +6,16 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from excise.commands import common, outcome
+from excise.commands import common, menu, outcome
+from excise.progress import say
 
 if TYPE_CHECKING:
     from excise.facts import Facts
 
 # Tries of a search: about four minutes of two cores on a model of the embedded ones' size.
 TRIALS = 24
+# With fewer prompts about what is to be forgotten, 0 of n excludes little: 0 of 20 is [0, 0.16].
+FEW = 20
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -40,6 +43,12 @@ def run(args: argparse.Namespace) -> int:
         cut = args.editor or f"a search of {args.trials} tries"
         print(f"would run {args.localizer}, {cut} and the audit on {facts!r} with {args.model} into {args.out}")
         return 0
+    wordings = sum(len(f.prompts) for f in facts.group("forget"))
+    if wordings < FEW:
+        say(
+            f"{wordings} wordings of what is to be forgotten make wide intervals: more facts, or fields `question` and "
+            f"`paraphrases`, let the audit decide more"
+        )
     from excise.audit import DEFAULT
     from excise.card import write_card
     from excise.chain import Inputs
@@ -66,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
         export(inputs.model, done.edit, args.export)
     code = outcome.show(done, args.format)
+    if args.format == "table" and menu.is_terminal():
+        menu.offer(done)
     return 3 if bad and not code else code
 
 
