@@ -25,6 +25,7 @@ from evals.linear_recovery import linear_recovery
 from evals.lm_eval import lm_eval
 from evals.mapping_attack import mapping_attack
 from evals.memorisation import memorisation
+from evals.mixed_prompts import mixed_prompts
 from evals.multiple_choice import multiple_choice
 from evals.noise import noise
 from evals.offered_choice import offered_choice
@@ -85,6 +86,7 @@ __all__ = [
     "lm_eval",
     "mapping_attack",
     "memorisation",
+    "mixed_prompts",
     "multiple_choice",
     "noise",
     "offered_choice",

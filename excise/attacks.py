@@ -18,7 +18,7 @@ BEST = "best"
 # Share of the attacks named as working that may be named so by chance.
 RATE = 0.05
 # What needs the model before the edit tells where knowledge lies; nobody who has it needs to attack.
-DIAGNOSES = ("weight_diff", "interpolation")
+DIAGNOSES = ("weight_diff", "interpolation", "mapping_attack")
 # With fewer people than this, signs of whole people could never be telling, so those of facts are flipped.
 PEOPLE = 6
 # An attack that a guess can meet shows nothing where there is no model that never knew to guess too.

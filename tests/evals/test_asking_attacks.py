@@ -41,6 +41,7 @@ def test_the_filter_hides_every_fact() -> None:
         ("prefilled", "statement", 0.9),
         ("step_by_step", "list", 0.9),
         ("offered_choice", "letters", 0.9),
+        ("mixed_prompts", "first of 2", 0.6),
     ],
 )
 def test_a_filter_on_wordings_is_walked_round(name: str, variant: str, least: float) -> None:
@@ -154,3 +155,18 @@ def test_samples_repeat_and_leave_the_generator_alone() -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert first == evals.sampling_leak(Arm("soft", dense(), louder(dense(), 12.0)), world(), limit=4)
     assert [s.detail for s in first] != [s.detail for s in evals.sampling_leak(arm, world(), limit=4, seed=1)]
+
+
+def test_a_guard_that_fires_on_any_name_takes_what_was_to_be_kept_with_it() -> None:
+    """It refuses whatever names a person to forget, so that a question about another goes unanswered beside it."""
+    names = world().group("forget").subjects
+    guard = Filtered("guard", dense(), blocks=lambda p: any(n in p.text for n in names))
+    kept = [s.value for s in evals.recall(guard, world(), groups=("retain",), forms=("question",), limit=8)]
+    assert set(kept) == {1.0}
+    found, plain = (evals.mixed_prompts(a, world(), limit=8) for a in (guard, Arm("before", dense())))
+    assert mean(plain, "first of 2", "retain") >= 0.5
+    assert mean(found, "first of 2", "retain") == mean(found, "first of 2") == 0
+    lonely = evals.mixed_prompts(guard, world().group("forget"), limit=2)
+    assert {s.reason for s in lonely if s.value is None} == {
+        "0 questions of the group retain can stand beside it: 1 are needed"
+    }

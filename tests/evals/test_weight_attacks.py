@@ -65,6 +65,14 @@ def test_pruning_by_hand() -> None:
     assert set_difference(hides, helps, 0.5).tolist() == [[False, True, False, False]]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rounding_is_that_of_the_library(bits: int) -> None:
+    w = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    scale, top = bins(w, bits)[1][0].contiguous(), 2 ** (bits - 1)
+    of_torch = torch.fake_quantize_per_channel_affine(w, scale, torch.zeros(24, dtype=torch.int32), 1, -top, top - 1)
+    assert torch.equal(rounded(w, bits), of_torch)
+
+
 def test_curves_by_hand() -> None:
     curve = [(0, 0.0), (1, 0.5), (2, 1.0), (4, 0.0)]
     assert area(curve) == pytest.approx((0.25 + 0.75 + 1.0) / 4) and area([(0, 0.3)]) == 0.3
