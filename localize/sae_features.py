@@ -72,7 +72,7 @@ def sae_features(
             "dictionary": {"name": book.name, "fingerprint": book.fingerprint, "hook": book.hook},
             "retain tokens": max(o.tokens for o in others),
         },
-        directions=np.ascontiguousarray(book.decoder[chosen].numpy()) if chosen else None,
+        directions=np.ascontiguousarray(book.decoder[chosen].cpu().numpy()) if chosen else None,
     )
 
 

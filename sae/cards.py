@@ -134,8 +134,9 @@ def _said(
 ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
     if dictionary.d != model.names.d_model or "hook_resid" not in dictionary.hook:
         return (), ()
-    row = dictionary.decoder[feature] * max(strength, 1e-6)
-    with_it, without = decode(model, torch.stack([dictionary.centre + row, dictionary.centre]))
+    here = dictionary.to(model.device)
+    row = here.decoder[feature] * max(strength, 1e-6)
+    with_it, without = decode(model, torch.stack([here.centre + row, here.centre]))
     change = with_it - without
     best, worst = change.topk(words), (-change).topk(words)
 

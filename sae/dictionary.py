@@ -77,14 +77,16 @@ class Dictionary:
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations [..., n] of x [..., d], float32."""
         z, _ = scaling(x.float(), self.norm)
-        return encode(z, self.encoder, self.bias, self.threshold, k=self.k)
+        here = self.to(x.device)
+        return encode(z, here.encoder, here.bias, here.threshold, k=self.k)
 
     def decode(self, a: Tensor, like: Tensor | None = None) -> Tensor:
         """The activation [..., d] that features a [..., n] stand for, float32.
 
         like: the x that was encoded; needed where x is normalised per token, because a does not know its scale.
         """
-        out = a @ self.decoder + self.centre
+        here = self.to(a.device)
+        out = a @ here.decoder + here.centre
         if self.norm == "none":
             return out
         if like is None:

@@ -19,7 +19,7 @@ def of_model(model: Model, source: str | Dictionary = "", where: Localization | 
             f"no dictionary for {model.name}: give dictionary=<sae-lens folder, release:sae_id or "
             f"{' or '.join(embedded())}>, or train one with sae.train"
         )
-    book = load(source or model.name)
+    book = load(source or model.name).to(model.device)
     named = sorted({h for h in _hooks(where)} - {book.hook})
     if named:
         raise ExciseError(f"the features to clamp are of {', '.join(named)}, and {book.name} reads {book.hook}")

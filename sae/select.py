@@ -130,7 +130,7 @@ def attribution(
     """
     found = torch.zeros(max(groups) + 1, dictionary.n, dtype=torch.float64)
     leaving = torch.ones(dictionary.n, dtype=torch.bool) if candidates is None else candidates
-    leaving = leaving.expand(len(found), dictionary.n).to(dictionary.decoder.device)
+    leaving, dictionary = leaving.expand(len(found), dictionary.n).to(model.device), dictionary.to(model.device)
     # A backward pass holds every activation, so batches are smaller than for reading.
     for index, batch in model.batches(list(prompts), answers=True, tokens=model.batch_tokens // 4):
         x, counts = read_batch(model, batch, [dictionary.hook])[dictionary.hook], content(model, batch)
