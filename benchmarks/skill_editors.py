@@ -1,12 +1,13 @@
 """What unlearning one skill, or eight people, does to that and to everything else, on the embedded models.
 
-    python benchmarks/skill_editors.py [--quick] [--model dense moe] [--seeds 5001] [--editors NAME ...] [--rows FILE]
+    python benchmarks/skill_editors.py [--quick] [--model dense moe] [--seeds 5004] [--editors NAME ...] [--rows FILE]
 
 Lost: share of the answers given before the edit that are no longer given, token by token, on exercises that neither
 training nor an editor saw, on people and countries that no editor was shown, and on the target behind another sentence,
 where a detector of templates might miss it. 95 % intervals over exercises, people or countries. The aim: the target down
 by 80 % or more, every other skill and the facts by 5 % at most. Each edit stands beside its random twin. Defaults were
-chosen on seeds 0 to 9.
+chosen on seeds 0 to 9, a rule of Neuron Adjust's after 5001 to 5003 were seen. On the MoE model only the two editors that the
+aim is about.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def page(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> str:
             behind, twin = r["lost"]["target, behind a sentence"], r["control"]["target"]
             cells = [
                 f"{_cell(target)}, n {target['n']}",
-                f"{behind['lost']:.2f}, n {behind['n']}",
+                f"{behind['lost']:.2f}, n {behind['n']}" if behind["n"] else "never answered there",
                 f"{group} {_cell(most)}",
             ]
             text.append(f"| {r['task']} | {r['editor']} | {' | '.join(cells)} | {twin['lost']:.2f} |")
@@ -200,9 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two requests to the two editors, dense model")
     parser.add_argument("--model", nargs="+", default=["dense", "moe"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[5001])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[5004])
     parser.add_argument("--tasks", nargs="+", default=[*SKILLS, PEOPLE])
-    parser.add_argument("--editors", nargs="+", default=list(EDITORS), choices=list(EDITORS))
+    parser.add_argument("--editors", nargs="+", choices=list(EDITORS), help="all on dense, the promised two on moe")
     parser.add_argument("--rows", type=Path, help="keep finished rows here, one JSON line each, and go on from there")
     parser.add_argument("--out", type=Path, help="write the table there as Markdown")
     args = parser.parse_args()
@@ -211,14 +212,15 @@ def main() -> None:
     kept = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
     rows: list[dict[str, Any]] = []
     for name in args.model:
+        editors = args.editors or (list(EDITORS) if name == "dense" else list(PROMISED))
         for seed in args.seeds:
             for task in args.tasks:
                 old = [
                     r
                     for r in kept
-                    if (r["model"], r["seed"], r["task"]) == (name, seed, task) and r["editor"] in args.editors
+                    if (r["model"], r["seed"], r["task"]) == (name, seed, task) and r["editor"] in editors
                 ]
-                missing = [e for e in args.editors if e not in {r["editor"] for r in old}]
+                missing = [e for e in editors if e not in {r["editor"] for r in old}]
                 new = case(name, task, seed, missing) if missing else []
                 if args.rows and new:
                     with args.rows.open("a") as file:
