@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -73,7 +74,9 @@ def linear_recovery(
     prompts = tuple(i.prompt for i in items)
     found = _carried(arm, before, prompts, tuple(fitting), names, ridge)
     scores = _by_point(items, found, list(names))
-    scores += [Score("", "", "", m.r2, variant=f"R2, {name}") for name, m in zip(names, found.maps, strict=True)]
+    for name, m in zip(names, found.maps, strict=True):
+        r2, why = (m.r2, "") if isfinite(m.r2) else (None, "too few prompts to hold some out of the fit")
+        scores.append(Score("", "", "", r2, variant=f"R2, {name}", reason=why))
     late = layers or range(arm.model.n_layers // 2, arm.model.n_layers)
     open_ = [i for i, name in enumerate(names) if name == "head" or i in late]
     best = other_half_best(found.probability[:, open_].numpy(), halves([i.fact.subject for i in items], seed))

@@ -9,6 +9,31 @@ import torch
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
 
+# Evaluations that have nothing to measure on an unedited random model: it knows no fact, there is no oracle, no task is
+# named, or its context of 64 tokens is too short for the prompts.
+NEEDS_MORE = {
+    "form_spread",
+    "head_projection",
+    "linear_recovery",
+    "lm_eval",
+    "multiple_choice",
+    "patching_recovery",
+    "sae_residual",
+    "subtoken",
+    "unlearning_depth",
+    "verbatim",
+    "relocalized",
+    "router_shift",
+    "expert_rollback",
+    "fisher_erasure",
+    "direction_reversal",
+    "in_context",
+    "interpolation",
+    "offered_choice",
+    "reversed_question",
+    "weight_diff",
+}
+
 
 def knows(plain: Model, n: int = 24) -> Facts:
     """Facts whose answers are what a random model, made sure of itself, most nearly says; half to forget, half to keep."""

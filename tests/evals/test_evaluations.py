@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from knowing import NEEDS_MORE
 
 import evals
 from evals.drift import kl
@@ -25,30 +26,6 @@ from tiny import tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
 torch.set_num_threads(1)
-# Evaluations that have nothing to measure on an unedited random model: it knows no fact, there is no oracle, no task is
-# named, or its context of 64 tokens is too short for the prompts.
-NEEDS_MORE = {
-    "form_spread",
-    "head_projection",
-    "linear_recovery",
-    "lm_eval",
-    "multiple_choice",
-    "patching_recovery",
-    "sae_residual",
-    "subtoken",
-    "unlearning_depth",
-    "verbatim",
-    "relocalized",
-    "router_shift",
-    "expert_rollback",
-    "fisher_erasure",
-    "direction_reversal",
-    "in_context",
-    "interpolation",
-    "offered_choice",
-    "reversed_question",
-    "weight_diff",
-}
 
 
 def arm(family: str = "llama", name: str = "before", seed: int = 0) -> Arm:
