@@ -62,9 +62,9 @@ def row_of(model: Model, known: Facts, block: int, position: str, seed: int, nam
     said = refusal(Arm("edited", model, edit), known, refusals=tuple(refusals(name)), limit=LIMIT, seed=seed)
     unseen = [s.value for s in said if s.group == "forget" and s.held_out and s.value is not None]
     others = [s.value for s in said if s.group in ("retain", "neighbour") and s.value is not None]
-    found = {"forgotten": float(np.mean(unseen)), "others": float(np.mean(others)), "n": [len(unseen), len(others)]}
-    return {**about, "auroc": spot["auroc"], "confused": spot["confused"], **found,
-            "success": found["forgotten"] - found["others"]}  # fmt: skip
+    told, lost = float(np.mean(unseen)), float(np.mean(others))
+    return {**about, "auroc": spot["auroc"], "confused": spot["confused"], "forgotten": told, "others": lost,
+            "success": told - lost, "n": [len(unseen), len(others)]}  # fmt: skip
 
 
 def correlation(rows: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:

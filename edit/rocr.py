@@ -199,7 +199,7 @@ def _best(
 
 
 def _copied(
-    edit: Edit, compared: Sequence[Mapping[str, float]], cut: Callable[[int], Edit], more: int, layers: int
+    edit: Edit, compared: Sequence[dict[str, float]], cut: Callable[[int], Edit], more: int, layers: int
 ) -> Edit:
     """The edit with the same change once more at the next best blocks, the least entangled first, each as if it were alone.
 
