@@ -190,8 +190,11 @@ def _of_attacks(results: Results, who: Mapping[str, str]) -> str:
     back = [a for a in tried if a.works]
     against = "than a model that never knew gives" if "oracle" in who else "than nothing"
     named = ", ".join(a.label for a in back[:4]) + (f" and {len(back) - 4} more" if len(back) > 4 else "")
-    said = f"{len(back) or 'none'} of {len(tried)} attacks {'brings' if len(back) < 2 else 'bring'} back more {against}"
-    return f"{said[0].upper()}{said[1:]}{f': {named}' if named else ''}."
+    verb = "is" if len(back) < 2 else "are"
+    said = f"{len(back) or 'None'} of {len(tried)} attacks {verb} shown to bring back more {against}"
+    open_ = sum(a.change.value > 0 and not a.works for a in tried)
+    more = f"; {open_} more drew some, which so few facts may owe to chance" if open_ else ""
+    return f"{said}{f': {named}' if named else ''}{more}."
 
 
 def _inside(first: Sequence[Line], who: Mapping[str, str]) -> str:

@@ -148,7 +148,7 @@ def items_of(path: Path) -> Iterator[tuple[str, Item]]:
 
 def _item(record: dict[str, Any]) -> Item:
     """The item in a record; raises ValueError that says what is wrong with it."""
-    names = {}
+    names: dict[str, Any] = {}
     for name, standard in (("key", ""), ("arm", None), ("evaluation", None), ("mode", None)):
         names[name] = record.get(name, standard)
         if not isinstance(names[name], str):

@@ -11,6 +11,7 @@ from excise.progress import say
 
 if TYPE_CHECKING:
     from excise.facts import Facts
+    from excise.registry import Kind
 
 # Tries of a search: about four minutes of two cores on a model of the embedded ones' size.
 TRIALS = 24
@@ -38,6 +39,12 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the chain and print what it found."""
+    from excise.registry import method
+
+    wanted: tuple[tuple[Kind, str | None], ...] = (("localizer", args.localizer), ("editor", args.editor))
+    for kind, name in wanted:
+        if name:
+            method(kind, name)  # a name that does not exist is told before a model is loaded
     facts, bad = common.load_facts(args, "forget", "retain")
     if args.dry_run:
         cut = args.editor or f"a search of {args.trials} tries"

@@ -30,7 +30,7 @@ def test_families_say_what_came_out(audited: Results) -> None:
         "aggregates",
     ]
     assert "0.00 (before 1.00, oracle 0.00)" in asked.said and "to keep 1.00 (before 1.00)" in asked.said
-    assert attacked.said.startswith("2 of 3 attacks bring back more") and "layer skip" in attacked.said
+    assert attacked.said.startswith("2 of 3 attacks are shown to bring back more") and "layer skip" in attacked.said
     assert "logit lens finds 0.00 (before 1.00, oracle 0.00)" in inside.said
     assert [x.name for x in inside.first] == ["lens: hit@5, any layer"], "single layers are left to the figures"
     # 100 sqrt(f^2 + (1 - r)^2) with f = 0 and r = 1.
