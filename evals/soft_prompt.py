@@ -32,9 +32,9 @@ def soft_prompt(
     """1 where the answer is said after vectors that make the model say the answers of facts about other subjects.
 
     The vectors stand in front of the statement, none longer than embeddings are on average (as in arXiv 2402.09063, which
-    tries them on the prompts they were optimised on). Of the facts they are optimised on nothing is reported: eight
-    vectors teach the embedded oracle nine such answers in twelve, and none about others. How much comes back depends on which half is learnt from: of a mask
-    in the last block 58 % or 21 % of 24 facts about six people, and nothing from the oracle.
+    tries them on the prompts they were optimised on). Of the facts they are optimised on nothing is reported: sixteen
+    vectors taught the embedded oracle nine of twelve such answers, and none about others. How much comes back depends on
+    which half is learnt from: of a mask in the last block 58 % or 21 % of 24 facts about three people, of the oracle none.
     vectors: free vectors.
     steps: steps of Adam.
     rate: its step, relative to the size of an entry of the embedding.
