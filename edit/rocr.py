@@ -6,8 +6,7 @@ the centroid of a class). No training; only names are used, a fact's answer only
 
 Method: Ye, Zhang, Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795. Beyond it: paired contexts, one
 column per name and context, all names in one solve, protected name-sharers, scale-free ridge, fictitious names as
-target, block by measured effect, the change once more at a second block, experts as one linear map, books read
-backwards.
+target, block by measured effect, copies at further blocks, experts as one linear map, books read backwards.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def rocr(
     *,
     target: str = "fictitious",
     layers: int = 1,
-    copies: int = 2,
+    copies: int = 1,
     candidates: int = 4,
     contexts: int = 8,
     names: int = 32,
@@ -88,8 +87,8 @@ def rocr(
 
     target: "fictitious" (centroid of made-up names), "centroid" (centroid of the retain names), or a subject's name.
     layers: how many consecutive blocks share the change.
-    copies: how many of the compared blocks carry the whole change each, so that whoever skips one of them, or undoes its
-        change, meets the next one. With a ledger, one.
+    copies: how many of the compared blocks carry the whole change each. With 2, whoever skips one block, or undoes its
+        change, meets the other; but each copy takes some people nobody listed along. With a ledger, always one.
     candidates: how many blocks from `where` (without it, from the first half of the model) are compared by patching.
     contexts: wordings in which each name is read.
     names: how many names make the centroid.

@@ -33,7 +33,7 @@ from excise.trials import FIGURES, Judge, Trial, distance, front
 # where it is among them, else the first value.
 Space = Mapping[str, list[Any] | tuple[float, float]]
 SPACES: dict[str, Space] = {
-    "rocr": {"layers": [1, 2], "copies": [2, 1, 3], "ridge": (0.03, 1.0), "guard": (0.3, 3.0)},
+    "rocr": {"layers": [1, 2], "copies": [1, 2], "ridge": (0.03, 1.0), "guard": (0.3, 3.0)},
     "lunar": {"position": ["auto", "subject_last", "last"], "remove": [False, True]},
     "rome": {"value": ["fictitious"]},
     "memit": {"value": ["fictitious"]},

@@ -24,11 +24,11 @@ CASES = [("dense", 1001), ("dense", 2002), ("moe", 3003)]
 
 
 @functools.cache
-def edited(name: str, seed: int) -> Edit:
+def edited(name: str, seed: int, copies: int = 1) -> Edit:
     model, known = load(f"testbed:{name}"), facts(name, seed=seed, retain=32, neighbours=24)
     forget, retain = known.shown.group("forget"), known.shown.group("retain", "neighbour")
     where = causal_trace(model, forget[::4], seed=seed)
-    return rocr(model, forget, retain, where, texts=texts_of(name, seed)[100:], seed=seed)
+    return rocr(model, forget, retain, where, texts=texts_of(name, seed)[100:], copies=copies, seed=seed)
 
 
 def texts_of(name: str, seed: int) -> list[str]:
@@ -107,10 +107,14 @@ class TestForgettingPeople:
         for row in rows(measured(name, seed), "edited", "declines", "retain"):
             assert row.value <= 0.01, row
 
-    def test_skipping_the_edited_layer_brings_nothing_back(self, name, seed):
-        """Two blocks carry the change; with one the answer is back as soon as its MLP is left out (see layer_skip)."""
-        edit, known = edited(name, seed), facts(name, seed=seed, retain=32, neighbours=24).group("forget")
-        assert len({c.site.layer for c in edit.changes}) == 2
-        scores = layer_skip(Arm("edited", load(f"testbed:{name}"), edit), known, groups=("forget",), limit=16)
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seed"), [CASES[0], CASES[2]])
+def test_with_two_copies_skipping_the_edited_layer_brings_nothing_back(name, seed):
+    """With one, every answer is back as soon as the edited MLP is left out."""
+    known = facts(name, seed=seed, retain=32, neighbours=24).group("forget")
+    for copies, holds in ((1, lambda back: back >= 0.9), (2, lambda back: back <= 0.1)):
+        arm = Arm("edited", load(f"testbed:{name}"), edited(name, seed, copies))
+        scores = layer_skip(arm, known, groups=("forget",), limit=16)
         worst = [s.value for s in scores if s.variant == "any"]
-        assert len(worst) == 16 and sum(worst) / len(worst) <= 0.10
+        assert len(worst) == 16 and holds(sum(worst) / len(worst)), (copies, worst)

@@ -85,7 +85,7 @@ def test_gap_closes_over_several_blocks(model):
 def test_copies_stand_at_further_blocks_each_as_if_alone(model):
     """Whoever takes one copy away is left with the edit that the other block alone would have had."""
     several = Localization.of([f"blocks.{i}.mlp.W_out" for i in range(3)])
-    edit, single = rocr(model, FORGET, RETAIN, several), rocr(model, FORGET, RETAIN, several, copies=1)
+    edit, single = rocr(model, FORGET, RETAIN, several, copies=2), rocr(model, FORGET, RETAIN, several)
     blocks = [r["block"] for r in edit.recipe["solution"]]
     assert 1 <= len(blocks) <= 2 and len(set(blocks)) == len(blocks)
     assert blocks[0] == single.recipe["solution"][0]["block"] and len(single.recipe["solution"]) == 1
