@@ -7,7 +7,8 @@ rates, all wordings); pool N does not: taught the facts to keep only, or those a
 forget. Faithfulness: AUC with which a metric, its mean over the facts to forget, tells P from N. Robustness: edited models
 (MEMIT, ROME, MEMIT at half strength), relearned for one epoch on the facts to forget, or rounded to 4 bits:
 symmetric 1 - |dU - dR| / (|dU| + |dR|) against the same relearning of a model of N, and 1 - |after - before| / (|after| + |before|)
-(open-unlearning, arXiv 2506.12618). Overall: their harmonic mean. The default audit takes metrics of faithfulness 0.9 or more.
+(open-unlearning, arXiv 2506.12618). Overall: their harmonic mean. The default audit takes metrics of
+faithfulness 0.9 or more; refusal, fluency and drift are in it for what they say of damage.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from tests.toy import stories, toy_facts
 SEEDS, RATES, STEPS = (0, 1, 2), (3e-3, 1.5e-3), 120
 BITS, FAITHFUL = 4, 0.9
 # Not metrics of one model: they compare with what these pools do not have, or change the question asked.
+# In the default audit for what they say of damage, not of knowledge.
+OF_DAMAGE = ("refusal", "fluency", "drift")
 LEFT_OUT = ("lm_eval", "expert_rollback", "router_shift", "sae_residual")
 Key = tuple[str, str]
 
@@ -199,7 +202,7 @@ def main() -> None:
         for name in {x["evaluation"] for x in lines}
     }
     bars = [{"name": f"{name}: AUC of its best variant", "value": value, "interval": None, "aim": FAITHFUL, "holds": value >= FAITHFUL}
-            for name, value in sorted(best.items()) if name in DEFAULT]  # fmt: skip
+            for name, value in sorted(best.items()) if name in DEFAULT and name not in OF_DAMAGE]  # fmt: skip
     settings = {
         "models": len(knows) + len(never),
         "steps": STEPS,
