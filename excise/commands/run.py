@@ -11,6 +11,7 @@ from excise.progress import say
 
 if TYPE_CHECKING:
     from excise.facts import Facts
+    from excise.model import Model
     from excise.registry import Kind
 
 # Tries of a search: about four minutes of two cores on a model of the embedded ones' size.
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from excise.chain import run as run_chain
 
     inputs = Inputs(
-        model=common.load_model(args),
+        model=_examined(common.load_model(args)),
         facts=facts,
         out=common.out_folder(args.out),
         command=common.typed(args),
@@ -85,6 +86,15 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "table" and menu.is_terminal():
         menu.offer(done)
     return 3 if bad and not code else code
+
+
+def _examined(model: Model) -> Model:
+    """The model; what `excise doctor` finds wrong with it is told before the long part."""
+    from excise.doctor import doctor
+
+    for problem in doctor(model)["problems"]:
+        say(f"{model.name}: {problem}")
+    return model
 
 
 def _own_world(args: argparse.Namespace, facts: Facts) -> dict[str, Any]:

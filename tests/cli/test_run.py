@@ -109,3 +109,16 @@ def test_without_a_terminal_nothing_is_asked(cli: Cli, words: tuple[Path, list[o
     assert said.code == 0 and "[q]uit" not in said.out
     assert "excise ask" in said.out and "..." not in said.out.split("talk")[1].split("\n")[0]
     assert "wide intervals" in said.err
+
+
+def test_what_the_doctor_finds_is_told_before_the_long_part(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from excise.commands.run import _examined
+    from excise.model import Model
+    from tiny import tiny_model
+
+    model = Model(*tiny_model("llama"), "tiny")
+    monkeypatch.setattr("excise.doctor._problems", lambda report: ["some weights are offloaded"])
+    assert _examined(model) is model
+    assert "tiny: some weights are offloaded" in capsys.readouterr().err
