@@ -2,7 +2,7 @@
 
     python benchmarks/audit_table.py [--quick] [--model dense moe] [--keep FOLDER] [--out docs/audit_table.md]
 
-Arms: the model before, edits at their defaults (ROCR, LUNAR, MEMIT), ROCR's random twin, six trained rivals with as many
+Arms: the model before, edits at their defaults (ROCR, also in two copies, LUNAR, MEMIT), ROCR's random twin, six trained rivals with as many
 seconds each as the slowest edit took (at least RIVAL_SECONDS), a prompt that asks to be silent, a filter of what is said,
 and the oracle, taught the same without those people. All forms of a question are pooled and facts of all people weigh
 alike; intervals draw people with all their questions anew. Attacks count by a fact's worst case over their variants.
@@ -44,7 +44,9 @@ from excise.testbed import facts, general_text, refusals
 from localize import causal_trace
 
 SEED, PEOPLE, UNKNOWN = 9001, 10, 24
-EDITORS = ("rocr", "lunar", "memit")
+EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rocr": ("rocr", {}), "rocr, 2 copies": ("rocr", {"copies": 2}), "lunar": ("lunar", {}), "memit": ("memit", {}),
+}  # fmt: skip
 RIVAL_SECONDS = 20.0
 # What a curve over layers shows is in the report of an audit; a table of it would be of no use.
 OF_LAYERS = re.compile(r"layer \d+|no mlp \d+|block \d+|step \d+")
@@ -68,9 +70,10 @@ def made_arms(name: str, known: Facts, seed: int, rivals: Sequence[Any]) -> list
     shown = known.shown
     forget, retain = shown.group("forget"), shown.group("retain", "neighbour")
     arms, slowest = [Arm("before", model)], 0.0
-    for editor in EDITORS:
+    texts = tuple(general_text(name, 400, seed=seed, exclude=forget.subjects)[100:])
+    for label, (editor, options) in EDITORS.items():
         start = time.monotonic()
-        arms.append(Arm(editor, model, edited(editor, model, forget, retain, seed)))
+        arms.append(Arm(label, model, edited(editor, model, forget, retain, texts=texts, seed=seed, **options)))
         slowest = max(slowest, time.monotonic() - start)
     arms.append(Arm("control", model, random_twin(arms[1].edit, seed)))  # type: ignore[arg-type]
     for rival in rivals:
@@ -79,14 +82,15 @@ def made_arms(name: str, known: Facts, seed: int, rivals: Sequence[Any]) -> list
     return [*arms, prompt_guard(model, forget), output_filter(model, forget), Arm("oracle", oracle)]
 
 
-def edited(editor: str, model: Model, forget: Facts, retain: Facts, seed: int) -> Any:
-    """An edit at its defaults; where editors of facts need a place, causal tracing gives it."""
+def edited(editor: str, model: Model, forget: Facts, retain: Facts, *, seed: int, **options: Any) -> Any:
+    """An edit at its defaults but for `options`; where editors of facts need a place, causal tracing gives it."""
     chosen_one = method("editor", editor)
     where = (
         causal_trace(model, Facts({f.subject: f for f in forget}.values()), seed=seed) if editor != "lunar" else None
     )
-    options = {"seed": seed} if any(o.name == "seed" for o in chosen_one.options) else {}
-    return chosen_one.function(model, forget, retain, where, **options)
+    known = {o.name for o in chosen_one.options}
+    taken = {k: v for k, v in (options | {"seed": seed}).items() if k in known}
+    return chosen_one.function(model, forget, retain, where, **taken)
 
 
 def table_rows(results: Results) -> dict[tuple[str, str, str], dict[str, Row]]:
