@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -206,8 +207,11 @@ def public_names(package: str) -> str:
 
 
 def module(name: str) -> str:
-    """Everything public in a module."""
-    return f"::: {name}\n    options:\n      show_root_full_path: true\n"
+    """Everything public in a module, but for what the page of `excise` has: links need one target."""
+    home = importlib.import_module("excise")
+    there = [n for n in home.__all__ if inspect.unwrap(getattr(home, n)).__module__ == name]
+    filters = json.dumps(["!^_", *(f"!^{n}$" for n in there)])
+    return f"::: {name}\n    options:\n      show_root_full_path: true\n      filters: {filters}\n"
 
 
 def names(source: str) -> str:
