@@ -45,6 +45,17 @@ SEEDS, PEOPLE = (4001, 4002), 8
 # A control is made stronger by these factors until it harms as much as the edit.
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
 AS_HARMFUL = 0.01
+# An editor beats its control where that leaves so many more of the answers; why some do not.
+CLEARLY = 0.1
+_GATE = "Its control stands behind the same gate, and behind that nearly any disturbance loses the answer: what chooses is the gate, "
+REASONS = {
+    "neuron_adjust": _GATE + "not the neurons.",
+    "sae_clamp": _GATE + "not the features.",
+    "concept_ablation": "The vectors that spell a person's words are few and shared, and most of a name's facts stand elsewhere.",
+    "expert_edit, silence": "An expert serves many people: silencing those that matter to one costs the others as much.",
+    "synaptic_dampening": "Weights that matter to single people matter to those who resemble them.",
+    "single_gradient": "One step along one gradient moves what all people share.",
+}
 # Prompts per group, form and side of the held-out split.
 LIMIT = 32
 Sums = dict[str, dict[str, list[float]]]
@@ -310,7 +321,21 @@ def page(lines: Sequence[Mapping[str, Any]], declined: Sequence[Mapping[str, Any
             ]  # fmt: skip
             text.append(f"| {' | '.join(cells)} |")
         text += [f"\n{r['case']} makes no edit here: {r['declined']}" for r in declined if r["model"] == model]
+    text += ["", "## No better than random", "", *as_good_as_random(lines)]
     return "\n".join(text) + "\n"
+
+
+def as_good_as_random(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each editor that forgets no more than its control at equal damage, and why."""
+    found = []
+    for x in lines:
+        mine, twin = x["pooled forget, edited"][0], x["pooled forget, control"][0]
+        if twin - mine < CLEARLY:
+            why = next((text for name, text in REASONS.items() if x["case"].startswith(name)), "")
+            found.append(
+                f"- {x['model']}, {x['case']}: {mine:.2f} of the answers stay, {twin:.2f} under its control. {why}"
+            )
+    return found
 
 
 def bars(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -324,14 +349,14 @@ def bars(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             whole = {
                 "name": f"{x['model']} {x['case']}: {name}",
                 "value": value[0],
-                "interval": list(value[1:3]),
+                "interval": list(value[1:3]) or None,
                 "aim": aim,
             }
             found.append(whole | {"holds": bool(holds(value[0]))})
 
     for x in lines:
         gain = x["pooled forget, control"][0] - x["pooled forget, edited"][0]
-        bar(x, "forgets more than its control at equal damage", [gain, np.nan, np.nan], "> 0", lambda v: v > 0)
+        bar(x, "forgets more than its control at equal damage", [gain], "> 0", lambda v: v > 0)
         if x["case"].startswith("rocr"):
             bar(x, "worst form", x["worst form"][1], "<= 0.05", lambda v: v <= 0.05)
             bar(x, "retain", x["pooled retain, edited"], ">= 0.99", lambda v: v >= 0.99)
