@@ -367,7 +367,8 @@ def bars(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if x["case"].startswith("lunar"):
             bar(x, "forget questions declined", x["refused forget, edited"], ">= 0.90", lambda v: v >= 0.90)
             bar(x, "retain falsely refused", x["refused retain, edited"], "<= 0.03", lambda v: v <= 0.03)
-            bar(x, "unknown names refused", x["refused unknown, edited"], ">= 0.90", lambda v: v >= 0.90)
+            as_before = x["refused unknown, edited"][0] - x["refused unknown, before"][0]
+            bar(x, "unknown names refused, change", [as_before], ">= -0.05", lambda v: v >= -0.05)
     return found
 
 
