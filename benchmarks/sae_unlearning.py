@@ -114,6 +114,10 @@ class Case:
         """People to keep whom the editor is told of: every second one."""
         return {name for group in ("retain", "neighbour") for name in self.known.group(group).subjects[::2]}
 
+    def guard(self, **options: Any) -> Edit:
+        """The dynamic guardrail at its defaults. A skill has no subjects whose features a quorum could be of: a share opens."""
+        return self.fit(**({"gate": "share"} if self.skill else {}), **options)
+
     def fit(self, **options: Any) -> Edit:
         """The edit of `sae_clamp`."""
         told = self.known.group("retain", "neighbour")
@@ -125,7 +129,7 @@ class Case:
 def strengths(case: Case) -> Iterator[tuple[str, float, Edit]]:
     """Every method at every strength."""
     static = case.fit(select="sparsity", gate="none", mask="feature", value=1.0)
-    guard, published = (case.fit(value=1.0, **options) for options in ({}, {"gate": "share", "mask": "token"}))
+    guard, published = case.guard(value=1.0), case.fit(value=1.0, gate="share", mask="token")
     twin = random_features(case, static)
     methods = {"static": static, "guardrail": guard, "published guardrail": published, "random features": twin}
     for method, edit in methods.items():
@@ -373,7 +377,7 @@ def measured(title: str, cases: Sequence[Case], *, quick: bool) -> dict[str, Any
         for method, s, edit in strengths(case):
             if not quick or s in (1.0, 5.0):
                 points.setdefault(f"{method} {s:g}", []).append(curve_point(case, Arm(method, case.model, edit), plain))
-        guard, static = case.fit(), case.fit(select="sparsity", gate="none", mask="feature", value=1.0)
+        guard, static = case.guard(), case.fit(select="sparsity", gate="none", mask="feature", value=1.0)
         points.setdefault("guardrail, defaults", []).append(curve_point(case, Arm("guard", case.model, guard), plain))
         gates.append({k: v for k, v in guard.recipe["gate"].items() if k not in ("features", "group")})
         if case.skill:
