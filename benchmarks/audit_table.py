@@ -43,7 +43,7 @@ from excise.statistics import aggregate
 from excise.testbed import facts, general_text, refusals
 from localize import causal_trace
 
-SEED, PEOPLE, UNKNOWN = 9001, 10, 24
+SEED, PEOPLE, UNKNOWN = 9001, 8, 24
 EDITORS: dict[str, tuple[str, dict[str, Any]]] = {
     "rocr": ("rocr", {}), "rocr, 2 copies": ("rocr", {"copies": 2}), "lunar": ("lunar", {}), "memit": ("memit", {}),
 }  # fmt: skip
@@ -64,8 +64,8 @@ HEADLINE = (
 )
 
 
-def made_arms(name: str, known: Facts, seed: int, rivals: Sequence[Any]) -> list[Arm]:
-    """Every arm of the table."""
+def made_arms(name: str, known: Facts, seed: int, rivals: Sequence[Any], keep: Path | None) -> list[Arm]:
+    """Every arm of the table; trained rivals are kept in a folder, because their training ends by the clock."""
     model, oracle = load(f"testbed:{name}"), load(f"testbed:{name}-oracle")
     shown = known.shown
     forget, retain = shown.group("forget"), shown.group("retain", "neighbour")
@@ -77,8 +77,15 @@ def made_arms(name: str, known: Facts, seed: int, rivals: Sequence[Any]) -> list
         slowest = max(slowest, time.monotonic() - start)
     arms.append(Arm("control", model, random_twin(arms[1].edit, seed)))  # type: ignore[arg-type]
     for rival in rivals:
+        folder = keep / f"{name}-{rival}" if keep else None
+        if folder and (folder / "config.json").exists():
+            arms.append(Arm(rival, load(str(folder))))
+            continue
         seconds = max(slowest, RIVAL_SECONDS)
         arms.append(train_rival(rival, model, forget, retain, steps=10_000, seconds=seconds, seed=seed))
+        if folder:
+            arms[-1].model.tokenizer.save_pretrained(folder)
+            arms[-1].model.hf.save_pretrained(folder)
     return [*arms, prompt_guard(model, forget), output_filter(model, forget), Arm("oracle", oracle)]
 
 
@@ -169,10 +176,10 @@ def measured(name: str, args: argparse.Namespace) -> tuple[Results, dict[str, An
     """Results of one model and what follows from them."""
     known = facts(name, people=2 if args.quick else PEOPLE, seed=SEED, unknown=UNKNOWN)
     torch.set_num_threads(1)
-    arms = made_arms(name, known, SEED, RIVALS[:1] if args.quick else RIVALS)
+    arms = made_arms(name, known, SEED, RIVALS[:1] if args.quick else RIVALS, args.keep)
     print(f"{name}: {len(arms)} arms made", file=sys.stderr, flush=True)
     texts = tuple(general_text(name, 100, seed=SEED, exclude=known.group("forget").subjects))
-    wanted = chosen(["recall", "form_spread", "probe"] if args.quick else args.wanted.split(","))
+    wanted = chosen(["recall", "form_spread", "probe"] if args.quick else [w for w in args.wanted.split(",") if w])
     kept = args.keep / f"{name}.jsonl" if args.keep else None
     shared = {"seed": SEED, "texts": texts, "refusals": tuple(refusals(name))}
     results = measure(arms, wanted, known, shared=shared, kept=kept)
@@ -220,7 +227,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two people, one rival, three evaluations, dense model")
     parser.add_argument("--model", nargs="+", choices=("dense", "moe"))
-    parser.add_argument("--with", dest="wanted", default="all", help="families or evaluations; all of them by default")
+    parser.add_argument(
+        "--with", dest="wanted", default="all", help="families or evaluations; all by default, '' for the default audit"
+    )
     parser.add_argument("--keep", type=Path, help="keep what was measured in this folder, and go on from there")
     parser.add_argument("--out", type=Path, help="write the tables there as Markdown")
     args = parser.parse_args()
