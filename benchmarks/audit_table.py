@@ -214,11 +214,14 @@ def bars(name: str, results: Results, found: Mapping[str, Any]) -> list[dict[str
          "interval": None, "aim": "> 0", "holds": far[a]["distance"] > far["rocr"]["distance"]}
         for a in others
     ]  # fmt: skip
-    for group, aim in (("forget", 0.05), ("retain", 0.99), ("neighbour", 0.97)):
-        row = rows[("recall", "", group)]["rocr"]
-        holds = row.value <= aim if group == "forget" else row.value >= aim
-        made.append({"name": f"{name}: rocr, recall of {group}, n {row.n}", "value": row.value,
-                     "interval": [row.low, row.high], "aim": aim, "holds": holds})  # fmt: skip
+    for group, aim in (("forget", 0.05), ("retain", -0.01), ("neighbour", -0.03)):
+        of = rows[("recall", "", group)]
+        # What is to be kept counts by its change: some questions nobody answers, such as those asked backwards.
+        value = of["rocr"].value - (0.0 if group == "forget" else of["before"].value)
+        holds = value <= aim if group == "forget" else value >= aim
+        what = "recall" if group == "forget" else "change of recall"
+        made.append({"name": f"{name}: rocr, {what} of {group}, n {of['rocr'].n}", "value": value, "interval": None,
+                     "aim": aim, "holds": holds})  # fmt: skip
     return made
 
 
