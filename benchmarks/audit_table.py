@@ -128,10 +128,11 @@ def cell(row: Row | None) -> str:
     return "" if row is None else f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]"
 
 
-def page(models: Mapping[str, tuple[Results, dict[str, Any]]]) -> str:
+def page(models: Mapping[str, tuple[Results, dict[str, Any]]], wanted: str) -> str:
     """The tables as Markdown."""
     text = ["# Every arm under every evaluation", "", *(__doc__ or "").strip().split("\n")[4:], ""]
-    text += ["    python benchmarks/audit_table.py --out docs/audit_table.md", ""]
+    given = "" if wanted == "all" else f" --with '{wanted}'"
+    text += [f"    python benchmarks/audit_table.py{given} --out docs/audit_table.md", ""]
     for name, (results, found) in models.items():
         arms, rows = results.arms, table_rows(results)
         line = "|---" * (len(arms) + 1) + "|"
@@ -241,7 +242,7 @@ def main() -> None:
         args.keep.mkdir(parents=True, exist_ok=True)
     models = {n: measured(n, args) for n in args.model or (("dense",) if args.quick else ("dense", "moe"))}
     if args.out:
-        args.out.write_text(page(models), encoding="utf-8")
+        args.out.write_text(page(models, args.wanted), encoding="utf-8")
     checks = [b for n, (results, found) in models.items() for b in bars(n, results, found)]
     for b in checks:
         print(f"{b['name']}: {b['value']:.3f} (aim {b['aim']}, {'holds' if b['holds'] else 'DOES NOT HOLD'})")
