@@ -109,12 +109,12 @@ class TestForgettingPeople:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seed"), [CASES[0], CASES[2]])
-def test_with_two_copies_skipping_the_edited_layer_brings_nothing_back(name, seed):
-    """With one, every answer is back as soon as the edited MLP is left out."""
+def test_with_two_copies_skipping_the_edited_layer_brings_nothing_back():
+    """With one, every answer is back as soon as the edited MLP is left out (`benchmarks/audit_table.py`)."""
+    name, seed = CASES[2]
     known = facts(name, seed=seed, retain=32, neighbours=24).group("forget")
-    for copies, holds in ((1, lambda back: back >= 0.9), (2, lambda back: back <= 0.1)):
-        arm = Arm("edited", load(f"testbed:{name}"), edited(name, seed, copies))
-        scores = layer_skip(arm, known, groups=("forget",), limit=16)
-        worst = [s.value for s in scores if s.variant == "any"]
-        assert len(worst) == 16 and holds(sum(worst) / len(worst)), (copies, worst)
+    edit = edited(name, seed, copies=2)
+    assert len({c.site.layer for c in edit.changes}) == 2
+    scores = layer_skip(Arm("edited", load(f"testbed:{name}"), edit), known, groups=("forget",), limit=16)
+    worst = [s.value for s in scores if s.variant == "any"]
+    assert len(worst) == 16 and sum(worst) / len(worst) <= 0.1
