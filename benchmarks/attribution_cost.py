@@ -13,13 +13,11 @@ process of its own that gives freed memory back. Models have random weights and 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.overhead import clock as seconds
+from benchmarks.overhead import peak
 from excise.encoding import Batch, Row, collate
 from excise.facts import Prompt
 from excise.gradients import answer_losses, flow
@@ -86,22 +86,6 @@ def made_up(vocabulary: int, count: int) -> Batch:
     """Prompts of random tokens with answers of two."""
     ids = torch.randint(10, vocabulary, (count, LENGTH), generator=torch.Generator().manual_seed(1))
     return collate([Prompt("", "")] * count, [Row(row.tolist(), START, (1, 4), False) for row in ids], 0)
-
-
-def clock_for(device: str) -> Clock:
-    """A function that runs another one and gives its seconds."""
-
-    def clock(work: Callable[[], Any]) -> float:
-        now = time.process_time if device == "cpu" else time.perf_counter
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = now()
-        work()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return now() - start
-
-    return clock
 
 
 def turns(clock: Clock, unit: Callable[[], Any], work: Callable[[], Any], rounds: int) -> dict[str, Any]:
@@ -209,26 +193,6 @@ def memory(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     return {**found, "share": {job: found[job]["above"] / allowed for job in ("matrix", "element")}}
 
 
-def peak(model: _Ready, work: Callable[[], Any]) -> int:
-    """High-water mark of memory during `work`, above what was in use before it."""
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    work()
-    return status("VmHWM") - before
-
-
-def status(name: str) -> int:
-    """A figure of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
 def experts(model: _Ready, clock: Clock, rounds: int) -> dict[str, Any]:
     """Gates of all experts of all blocks in forward passes; and against silencing every expert that a row reaches."""
     counted = torch.ones_like(model.rows.ids, dtype=torch.bool)
@@ -260,9 +224,10 @@ def bar(name: str, value: float, interval: Sequence[float] | None, aim: str, hol
 WEIGHED = (("taylor", "neuron"), ("taylor", "matrix"), ("gradient", "matrix"), ("taylor", "element"))
 
 
-def measure(shape: str, args: argparse.Namespace, clock: Clock) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(shape: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Results and bars of one shape."""
     model, rounds, bars = build(shape, args), args.rounds, []
+    clock = partial(seconds, model)
 
     def add(what: str, x: dict[str, Any], most: float) -> None:
         bars.append(bar(f"{shape}: {what}", x["value"], x["interval"], f"<= {most:g}", x["value"] <= most))
@@ -309,7 +274,7 @@ def main() -> None:
     if args.job:
         print(json.dumps(memory_job(args.job, args.shape[0], args)))
         return
-    measured = {shape: measure(shape, args, clock_for(args.device)) for shape in args.shape}
+    measured = {shape: measure(shape, args) for shape in args.shape}
     bars = [b for _, own in measured.values() for b in own]
     for b in bars:
         spread = f" [{b['interval'][0]:.2f}, {b['interval'][1]:.2f}]" if b["interval"] else ""

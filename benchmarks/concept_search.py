@@ -11,14 +11,12 @@ figure is the high-water mark above the loaded model. Weights are random.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.overhead import RETURNED
+from benchmarks.overhead import RETURNED, clock, peak
 from excise.keys import write_matrices
 from excise.model import DTYPES, Model
 from localize.concept_search import best_tokens, excess_kurtosis, open_search, projected, unembedding
@@ -66,31 +64,19 @@ def build(shape: str, layers: int, device: str, dtype: str) -> Model:
     return Model(hf, _Pieces(), shape)
 
 
-def clock(device: str, work: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    if device == "cpu":
-        start = time.process_time()
-        work()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak_rate(device: str, dtype: torch.dtype, seconds: float = 0.5) -> float:
+def peak_rate(model: Model, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """Best operations per second of square products, over about this long."""
-    n = SQUARE if device == "cpu" else 4 * SQUARE
+    device = model.device
+    n = SQUARE if device.type == "cpu" else 4 * SQUARE
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)
-    once = clock(device, lambda: torch.mm(a, b, out=out))
-    times = [clock(device, lambda: torch.mm(a, b, out=out)) for _ in range(max(3, int(seconds / max(once, 1e-6))))]
+    once = clock(model, lambda: torch.mm(a, b, out=out))
+    times = [clock(model, lambda: torch.mm(a, b, out=out)) for _ in range(max(3, int(seconds / max(once, 1e-6))))]
     return 2 * n**3 / min(times)
 
 
-def speed(model: Model, device: str, rounds: int, rows: int) -> dict[str, Any]:
+def speed(model: Model, rounds: int, rows: int) -> dict[str, Any]:
     """Share of the peak that the search over `rows` vectors of one block reaches, in turns with the peak."""
     name = write_matrices(model, 0)[0]
     vectors, unembed = model.weight(name).detach()[:rows], unembedding(model)
@@ -110,9 +96,9 @@ def speed(model: Model, device: str, rounds: int, rows: int) -> dict[str, Any]:
     search()
     shares, alone = [], []
     for _ in range(rounds):
-        rate = peak_rate(device, unembed.dtype)
-        shares.append(work / clock(device, search) / rate)
-        alone.append(work / clock(device, product) / rate)
+        rate = peak_rate(model, unembed.dtype)
+        shares.append(work / clock(model, search) / rate)
+        alone.append(work / clock(model, product) / rate)
     drawn = np.median(np.random.default_rng(0).choice(shares, (9999, rounds)), axis=1)
     return {
         "share_of_peak": float(np.median(shares)),
@@ -131,22 +117,7 @@ def memory_job(layers: int, device: str, dtype: str) -> dict[str, int]:
     names = [n for i in range(layers) for n in write_matrices(model, i)]
     # Kernels and names are made on first use; none of that is the search's.
     open_search(model, names[:1], keep=8)
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        open_search(model, names)
-        return {"above": torch.cuda.max_memory_allocated() - before}
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    open_search(model, names)
-    return {"above": status("VmHWM") - before}
-
-
-def status(name: str) -> int:
-    """A figure of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+    return {"above": peak(model, partial(open_search, model, names))}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -185,7 +156,7 @@ def main() -> None:
     rows = 1024 if args.device == "cpu" else 8192
     speeds = {}
     for shape in ["gpt2-small", "llama-1b"] if args.quick else list(SHAPES):
-        speeds[shape] = speed(build(shape, 1, args.device, args.dtype), args.device, rounds, rows)
+        speeds[shape] = speed(build(shape, 1, args.device, args.dtype), rounds, rows)
     used = memory(args)
     bars = [
         {"name": f"{shape}: open search, share of the matmul peak", "value": x["share_of_peak"], "interval": x["interval"],

@@ -29,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept import add_rows, read_rows
 from evals import drift, form_spread, recall, refusal
 from excise.arms import Arm
 from excise.edits import Edit
@@ -386,7 +387,7 @@ def main() -> None:
     models = args.model or (["dense"] if args.quick else ["dense", "moe"])
     seeds = args.seeds[:1] if args.quick else args.seeds
     wanted = [c for c in CASES if c.name in (args.cases or (["rocr"] if args.quick else [c.name]))]
-    rows = [json.loads(x) for x in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
+    rows = read_rows(args.rows)
     done = {(r["model"], r["seed"], r["case"]) for r in rows}
     benches: dict[Any, Bench] = {}
     for seed in seeds:
@@ -395,9 +396,7 @@ def main() -> None:
                 if (name, seed, case.name) not in done:
                     new = run(name, seed, case, benches)
                     rows += new
-                    if args.rows:
-                        with args.rows.open("a") as file:
-                            file.write("".join(json.dumps(r) + "\n" for r in new))
+                    add_rows(args.rows, new)
                     print(f"{name} {seed} {case.name}", file=sys.stderr, flush=True)
     whole = [r for r in rows if "measures" in r and r["model"] in models]
     keys = dict.fromkeys((r["model"], r["case"]) for r in whole)

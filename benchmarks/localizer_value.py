@@ -33,6 +33,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept import add_rows, read_rows
 from excise.actions import Scale
 from excise.apply import applied
 from excise.edits import Change, Edit
@@ -246,7 +247,7 @@ def measure(
 def measured(names: Sequence[str], count: int, draws: int, kept: Path | None) -> list[dict[str, Any]]:
     """Rows of all people; what is in `kept` is not measured again, and new rows are added to it person by person."""
     be_quiet()
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
+    rows = read_rows(kept)
     for name in names:
         people = people_of(name, count, 0)
         rows = [r for r in rows if r["model"] != name or r["person"] in people]
@@ -256,9 +257,7 @@ def measured(names: Sequence[str], count: int, draws: int, kept: Path | None) ->
             known = {(r["case"], r["kind"]) for r in rows if (r["model"], r["person"]) == (name, person)}
             new = measure(model, name, person, number, draws, known)
             rows += new
-            if kept:
-                with kept.open("a") as file:
-                    file.write("".join(json.dumps(r) + "\n" for r in new))
+            add_rows(kept, new)
             seconds = time.process_time() - start
             print(f"{name}: {number + 1} of {count} people, {seconds:.0f} CPU s", file=sys.stderr, flush=True)
     return [r for r in rows if r["model"] in names]

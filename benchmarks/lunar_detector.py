@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept import add_rows, read_rows
 from edit import lunar
 from evals import refusal
 from excise.arms import Arm
@@ -118,9 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     be_quiet()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    if args.rows and args.rows.exists():
-        rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(args.rows)
     done = {(r["model"], r["seed"], r["block"], r["position"]) for r in rows}
     for name in args.model or (("dense",) if args.quick else ("dense", "moe")):
         model = load(f"testbed:{name}")
@@ -131,9 +130,7 @@ def main() -> None:
                     continue
                 rows.append(row_of(model, known, block, position, seed, name))
                 print(rows[-1], file=sys.stderr, flush=True)
-                if args.rows:
-                    with args.rows.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
+                add_rows(args.rows, rows[-1:])
     made = [r for r in rows if "declined" not in r]
     names = list(dict.fromkeys(r["model"] for r in made))
     found = {

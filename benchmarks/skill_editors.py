@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataclasses import replace
 
+from benchmarks.kept import add_rows, read_rows
 from edit import control, key_space, neuron_adjust, single_gradient, synaptic_dampening
 from excise.arms import Arm
 from excise.edits import Edit
@@ -209,7 +210,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.model, args.tasks, args.editors = ["dense"], ["sorting", PEOPLE], list(PROMISED)
-    kept = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows and args.rows.exists() else []
+    kept = read_rows(args.rows)
     rows: list[dict[str, Any]] = []
     for name in args.model:
         editors = args.editors or (list(EDITORS) if name == "dense" else list(PROMISED))
@@ -222,9 +223,7 @@ def main() -> None:
                 ]
                 missing = [e for e in editors if e not in {r["editor"] for r in old}]
                 new = case(name, task, seed, missing) if missing else []
-                if args.rows and new:
-                    with args.rows.open("a") as file:
-                        file.writelines(json.dumps(r) + "\n" for r in new)
+                add_rows(args.rows, new)
                 for row in (*old, *new):
                     print(shown_row(row), flush=True)
                     rows.append(row)
