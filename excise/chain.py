@@ -1,6 +1,7 @@
 """The whole chain: trace, cut, verify, measure every arm, report. `excise demo` and `excise run` differ in the inputs.
 
-A run folder holds facts.jsonl, localization.safetensors, edit.safetensors, results.jsonl, run.json and report.html.
+A run folder holds facts.jsonl, localization.safetensors, edit.safetensors, results.jsonl, run.json and report.html;
+map.safetensors, too, where the localizer scores units and has no map over tokens.
 Each stage is kept as soon as it is finished and is not done again when the same run is started again.
 """
 
@@ -36,6 +37,7 @@ from excise.verification import Verification, verify
 MEASURED = {"recall": {"limit": 128}, "drift": {"limit": 100}}
 # Tracing more facts than this hardly moves the mean map; they are taken from all people in turn.
 TRACED = 16
+MAP = "map.safetensors"
 
 
 class Unverified(ExciseError):
@@ -123,11 +125,12 @@ def run(inputs: Inputs) -> Run:
     kept = _same_run(inputs)
     if not kept:
         # Before run.json says otherwise: what lies here belongs to another run.
-        for name in ("localization.safetensors", "edit.safetensors", "search.json", FEATURES):
+        for name in ("localization.safetensors", MAP, "edit.safetensors", "search.json", FEATURES):
             (inputs.out / name).unlink(missing_ok=True)
     write_run(inputs, clock, None)
     with _timed(clock, "localize"):
         localization = _localize(inputs)
+        traced = None if localization.maps else _mapped(inputs)
     with _timed(clock, "search" if inputs.trials else "edit"):
         edit = _searched(inputs, localization) if inputs.trials else _edit(inputs, localization)
     with _timed(clock, "verify"):
@@ -148,6 +151,7 @@ def run(inputs: Inputs) -> Run:
             inputs.out,
             facts=inputs.facts,
             localization=localization,
+            traced=traced,
             edit=edit,
             results=results,
             verification=verification,
@@ -175,6 +179,21 @@ def _localize(inputs: Inputs) -> Localization:
     facts = in_turn(inputs.facts.group("forget"), TRACED)
     say(f"tracing {len(facts)} of {len(inputs.facts.group('forget'))} forget facts")
     found: Localization = _call("localizer", inputs.localizer, inputs, inputs.model, facts)
+    found.save(file)
+    return found
+
+
+def _mapped(inputs: Inputs) -> Localization | None:
+    """A map over tokens and layers to look at, in the time of a few passes; None where none can be drawn."""
+    file = inputs.out / MAP
+    if file.is_file():
+        return Localization.load(file)
+    facts = in_turn(inputs.facts.group("forget"), TRACED)
+    try:
+        found: Localization = _call("localizer", "attribution_patching", inputs, inputs.model, facts)
+    except ExciseError as error:
+        say(f"no map over tokens: {error}")
+        return None
     found.save(file)
     return found
 

@@ -29,6 +29,7 @@ def write_report(
     *,
     facts: Sequence[Fact] = (),
     localization: Localization | None = None,
+    traced: Localization | None = None,
     edit: Any = None,
     results: Results | None = None,
     verification: Any = None,
@@ -40,6 +41,7 @@ def write_report(
 ) -> Path:
     """Write one self-contained page and return its path; a folder gets `report.html`. What is None is left out.
 
+    traced: a second localization, one with maps over tokens and layers, where the first has none.
     edit: anything with `summary()`, a list of rows. verification: anything with `rows()` and a text, or a mapping.
     recipe: how to reproduce: "command", "versions", "seeds", "fingerprints", "undo", "roles" and whatever else was
         recorded.
@@ -56,7 +58,7 @@ def write_report(
         ("results", "Arms and measures", sections.measures(measured)),
         ("attacks", "What attacks bring back", sections.attacks(measured)),
         ("forms", "Recall by form", sections.forms(measured)),
-        ("where", "Where the facts were found", _where(localization)),
+        ("where", "Where the facts were found", [*_where(localization), *_where(traced)]),
         ("features", "Features of the dictionary", cards_section(features)),
         ("inside", "What the inner layers still show", sections.layers(measured)),
         ("tried", "What was tried", _tried(search)),

@@ -1,7 +1,8 @@
 """Rivals: short trained baselines, a prompt that asks to be silent, and a filter of what is said.
 
 They are what a user would otherwise do. Each trained one gets a copy of the model, the same steps or seconds, AdamW on all
-weights, and stops early when its own forget answers are gone, as its authors tune it; the model itself is left alone.
+weights, and stops early when its own forget answers are gone, as its authors tune it, unless it is told to go on; the
+model itself is left alone.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ def train_rival(
     seconds: float = float("inf"),
     rate: float = 0.0,
     seed: int = 0,
+    until_gone: bool = True,
 ) -> Arm:
     """An arm with its own copy of the model, trained to forget; named after its method.
 
     steps, seconds: whichever is reached first ends the training. rate: 0 for the usual one of the model's size.
+    until_gone: end it as soon as the forget answers are gone, too; a task vector is always learned to the end.
     Only wordings that are not held out are trained on. Raises ExciseError for an unknown name or empty facts.
     """
     if name not in RIVALS:
@@ -63,7 +66,7 @@ def train_rival(
         losses: dict[str, Callable[[_Run], Callable[[int], Tensor]]] = {
             "gradient_ascent": _ascent, "gradient_difference": _difference, "npo": _npo, "simnpo": _simnpo, "rmu": _rmu,
         }  # fmt: skip
-        run.train(losses[name](run), until_gone=True)
+        run.train(losses[name](run), until_gone=until_gone)
     return Arm(name, run.model)
 
 

@@ -107,6 +107,7 @@ def _mark(drawn: Drawn | None) -> Cell | None:
 
 
 def forms(results: Results | None) -> list[Raw]:
+    """Recall before and after in every form that was asked."""
     if results is None or "recall" not in results.evaluations:
         return []
     from excise.plots import plot_before_after
@@ -137,6 +138,7 @@ def forms(results: Results | None) -> list[Raw]:
 
 
 def layers(results: Results | None) -> list[Raw]:
+    """Curves over layers of what lenses and probes read, one line an arm."""
     if results is None:
         return []
     from excise.plots import layer_measures, plot_layers
@@ -198,6 +200,7 @@ def _said(score: Score | None) -> object:
 
 
 def fate_by_fact(results: Results | None, recipe: Mapping[str, Any]) -> list[Raw]:
+    """What became of each fact to forget and of what was lost besides."""
     found = fates(results, recipe) if results is not None else []
     # Facts that were kept are counted; listed are those to forget, and what was lost.
     told = [f for f in found if f.group == "forget" or f.word == "collateral damage"]
@@ -210,6 +213,7 @@ def fate_by_fact(results: Results | None, recipe: Mapping[str, Any]) -> list[Raw
 
 
 def figures(figures: Sequence[Any]) -> Raw:
+    """Figures beside each other, as drawings that follow the theme."""
     from excise.figures import BLUE, GREEN, GREY, ORANGE, figure_svg
 
     drawn = [figure_svg(f) for f in figures]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from excise.commands import common
+
+if TYPE_CHECKING:
+    from excise.edits import Edit
+    from excise.model import Model
 
 
 def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -27,20 +32,28 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the answers, one row a prompt."""
-    from excise.apply import applied
     from excise.edits import Edit
-    from excise.facts import Prompt
 
     edit = Edit.load(args.edit) if args.edit else None
     model = common.load_model(args)
-    prompts = [Prompt(text, "", chat=not args.plain and text.rstrip().endswith("?")) for text in args.prompt]
-    answers = {"before": model.generate_all(prompts, max_new_tokens=args.max_new_tokens)}
-    if edit is not None:
-        with applied(model, edit, force=args.force):
-            answers["edited"] = model.generate_all(prompts, max_new_tokens=args.max_new_tokens)
-    rows = [{"prompt": p.text, **{arm: said[i] for arm, said in answers.items()}} for i, p in enumerate(prompts)]
+    rows = answers(model, edit, args.prompt, args.max_new_tokens, plain=args.plain, force=args.force)
     if args.format == "json":
         common.print_json({"model": model.name, "answers": rows})
     else:
         common.print_rows(rows)
     return 0
+
+
+def answers(
+    model: Model, edit: Edit | None, asked: Sequence[str], length: int, *, plain: bool = False, force: bool = False
+) -> list[dict[str, str]]:
+    """For each question what the model says before and, where there is an edit, under it; `length` in tokens."""
+    from excise.apply import applied
+    from excise.facts import Prompt
+
+    prompts = [Prompt(text, "", chat=not plain and text.rstrip().endswith("?")) for text in asked]
+    said = {"before": model.generate_all(prompts, max_new_tokens=length)}
+    if edit is not None:
+        with applied(model, edit, force=force):
+            said["edited"] = model.generate_all(prompts, max_new_tokens=length)
+    return [{"prompt": p.text, **{arm: texts[i] for arm, texts in said.items()}} for i, p in enumerate(prompts)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from excise.commands import common
+from excise.commands.ask import answers
 from excise.errors import ExciseError
 
 if TYPE_CHECKING:
@@ -54,16 +55,9 @@ def _typed(prompt: str) -> str:
 
 
 def _ask(run: Run, edit: Edit) -> None:
-    from excise.apply import applied
-    from excise.facts import Prompt
-
-    model = run.inputs.model
     while question := _typed("question (empty: back): "):
-        prompts = [Prompt(question, "", chat=question.endswith("?"))]
-        (before,) = model.generate_all(prompts, max_new_tokens=LENGTH)
-        with applied(model, edit):
-            (after,) = model.generate_all(prompts, max_new_tokens=LENGTH)
-        print(f"before  {common.printable(before)}\nafter   {common.printable(after)}")
+        (said,) = answers(run.inputs.model, edit, [question], LENGTH)
+        print(f"before  {common.printable(said['before'])}\nafter   {common.printable(said['edited'])}")
 
 
 def _other(run: Run, edit: Edit, name: str) -> tuple[Edit, str]:

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         folder,
         facts=read_facts(folder / "facts.jsonl"),
         localization=Localization.load(found) if (found := folder / "localization.safetensors").is_file() else None,
+        traced=Localization.load(found) if (found := folder / "map.safetensors").is_file() else None,
         edit=Edit.load(cut) if (cut := folder / "edit.safetensors").is_file() else None,
         results=read_results(folder / "results.jsonl"),
         verification=settings.get("verification"),

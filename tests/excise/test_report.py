@@ -215,6 +215,24 @@ def test_harm_control_and_what_is_inside() -> None:
     assert state(without, "logit lens") == "unclear" and state(without, "any change") == "unmeasured"
 
 
+@pytest.mark.parametrize(("then", "now", "state_"), [(0.01, 0.017, "good"), (0.1, 0.2, "bad"), (1.0, 1.2, "bad")])
+def test_a_rise_of_next_to_nothing_is_no_harm(then: float, now: float, state_: str) -> None:
+    """However large a share of the loss it is, less than a hundredth of a nat per token goes unheard."""
+    found = results()
+    loss = {arm: [then * (1 + i % 3 / 10) for i in range(60)] for arm in ("before", "rocr")}
+    loss["rocr"] = [x * now / then for x in loss["before"]]
+    mean = sum(loss["before"]) / 60
+    drift = {
+        (arm, "drift"): tuple(
+            Score(f"t{i}", "", "general", v, "text", variant=variant)
+            for i in range(60)
+            for variant, v in (("loss", loss[arm][i]), ("relative change", (loss[arm][i] - loss["before"][i]) / mean))
+        )
+        for arm in loss
+    }
+    assert state(Results(found.scores | drift, found.modes), "rest") == state_
+
+
 def test_a_hook_is_not_called_lasting() -> None:
     found = results()
     held = Results(found.scores, found.modes | {"rocr": "hook"})
