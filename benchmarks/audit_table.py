@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept import kept_arm
 from benchmarks.run_vs_rivals import distances
 from excise.arms import Arm
 from excise.attacks import ANY, Attack, attacks
@@ -77,15 +79,9 @@ def made_arms(name: str, known: Facts, seed: int, rivals: Sequence[Any], keep: P
         slowest = max(slowest, time.monotonic() - start)
     arms.append(Arm("control", model, random_twin(arms[1].edit, seed)))  # type: ignore[arg-type]
     for rival in rivals:
-        folder = keep / f"{name}-{rival}" if keep else None
-        if folder and (folder / "config.json").exists():
-            arms.append(Arm(rival, load(str(folder))))
-            continue
         seconds = max(slowest, RIVAL_SECONDS)
-        arms.append(train_rival(rival, model, forget, retain, steps=10_000, seconds=seconds, seed=seed))
-        if folder:
-            arms[-1].model.tokenizer.save_pretrained(folder)
-            arms[-1].model.hf.save_pretrained(folder)
+        train = partial(train_rival, rival, model, forget, retain, steps=10_000, seconds=seconds, seed=seed)
+        arms.append(kept_arm(keep / f"{name}-{rival}" if keep else None, rival, train))
     return [*arms, prompt_guard(model, forget), output_filter(model, forget), Arm("oracle", oracle)]
 
 

@@ -1,11 +1,17 @@
-"""Finished rows of a benchmark in a JSON Lines file, so that one that was interrupted goes on from there."""
+"""What a benchmark has finished, rows in a JSON Lines file and trained models, so that one that was interrupted goes on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from excise.arms import Arm
+from excise.model import load
 
 
 def read_rows(file: Path | None) -> list[dict[str, Any]]:
@@ -25,3 +31,14 @@ def add_rows(file: Path | None, rows: Sequence[dict[str, Any]]) -> None:
             out.truncate(whole.rfind(b"\n") + 1)
     with file.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def kept_arm(folder: Path | None, name: str, make: Callable[[], Arm]) -> Arm:
+    """A trained arm: read from the folder where it lies there, else made and written; only made without a folder."""
+    if folder is not None and (folder / "config.json").exists():
+        return Arm(name, load(str(folder)))
+    made = make()
+    if folder is not None:
+        made.model.tokenizer.save_pretrained(folder)
+        made.model.hf.save_pretrained(folder)
+    return Arm(name, made.model)

@@ -1,10 +1,11 @@
 """`excise run` against every single editor at its defaults and every trained rival given the same wall time.
 
-    python benchmarks/run_vs_rivals.py [--quick] [--model dense] [--minutes 10] [--out docs/run_vs_rivals.md]
+    python benchmarks/run_vs_rivals.py [--quick] [--model dense] [--minutes 10] [--folder F] [--out docs/run_vs_rivals.md]
 
 Ten people of the embedded world that nothing was tuned on are to be forgotten. `run` is the whole command: it localizes,
-searches, audits its best few and chooses. Every other arm is then audited on the same questions; a rival trains for as many
-seconds as `run` took. Distance to the oracle: Euclidean, over recall of the facts to forget in all forms, recall of what is
+searches, audits its best few and chooses; the oracle it never sees. Every other arm is then audited on the same questions. A
+rival is given as many seconds as `run` took, and ends when its own forget answers are gone, as its authors tune it, or, "all
+the time", with the last second; that only where a term of its loss holds what is to be kept. Distance to the oracle: Euclidean, over recall of the facts to forget in all forms, recall of what is
 to be kept, what the logit lens and a probe find inside, and what attacks draw; intervals over people, who are resampled
 with all their questions, in every arm alike.
 """
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.kept import kept_arm
 from excise.arms import Arm
 from excise.attacks import ANY, is_attack
 from excise.audit import DEFAULT
-from excise.chain import Inputs, run
+from excise.chain import Inputs, Run, run
 from excise.choosing import FIGURES, audit_distance
 from excise.errors import ExciseError
 from excise.facts import Facts
+from excise.files import write_text
 from excise.measure import measure
 from excise.model import load
 from excise.registry import method, methods
@@ -43,6 +48,8 @@ from excise.testbed import facts, general_text, refusals
 from localize import causal_trace
 
 SEED, PEOPLE, RESAMPLES = 8001, 10, 2000
+# Rivals with a term for what is to be kept.
+HOLDING = ("gradient_difference", "npo", "simnpo", "rmu")
 Sums = dict[str, dict[str, tuple[float, int]]]
 
 
@@ -117,10 +124,27 @@ def single_edits(inputs: Inputs, texts: Sequence[str]) -> dict[str, Arm]:
     return found
 
 
+def timed_run(inputs: Inputs) -> tuple[Run, float]:
+    """The run and its seconds; of one that is only read again, the seconds that it took when it was made."""
+    took = inputs.out / "took.json"
+    if not took.exists():
+        # One that was interrupted has no time of its own.
+        shutil.rmtree(inputs.out, ignore_errors=True)
+    start = time.monotonic()
+    done = run(inputs)
+    if not took.exists():
+        write_text(took, json.dumps({"seconds": time.monotonic() - start}))
+    return done, float(json.loads(took.read_text(encoding="utf-8"))["seconds"])
+
+
 def page(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """The table as Markdown."""
     text = ["# One command against its rivals", "", *(__doc__ or "").strip().split("\n")[4:], ""]
-    text += [f"Model {settings['model']}, {settings['people']} people, run took {settings['seconds']:.0f} s.", ""]
+    text += [
+        f"Model {settings['model']}, {settings['people']} people; `run` took {settings['seconds']:.0f} s and chose",
+        "",
+    ]
+    text += [f"    {settings['chosen']}", ""]
     names = ["forget", "kept", "lens", "probe", "attacked"]
     text += ["| arm | distance to the oracle | run is closer in | " + " | ".join(names) + " |", "|---" * 8 + "|"]
     for arm, r in sorted(rows.items(), key=lambda item: item[1]["distance"]):
@@ -134,11 +158,13 @@ def page(rows: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> 
 def main() -> None:
     """Measure; the last line is one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three people, six tries, two rivals")
+    parser.add_argument("--quick", action="store_true", help="three people, six tries, two rivals; ten minutes")
     parser.add_argument("--model", default="dense", choices=("dense", "moe"))
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--folder", type=Path, help="keep the run there, and go on from it")
+    parser.add_argument(
+        "--folder", type=Path, help="keep the run, trained rivals and measurements there, and go on from them"
+    )
     parser.add_argument("--out", type=Path, help="write the table there as Markdown")
     args = parser.parse_args()
     people, trials, rivals = (3, 6, RIVALS[:2]) if args.quick else (PEOPLE, args.trials, RIVALS)
@@ -147,24 +173,28 @@ def main() -> None:
     texts = tuple(general_text(args.model, 400, seed=SEED, exclude=known.group("forget").subjects))
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Inputs(
-            model=model, facts=known, out=args.folder or Path(scratch), seed=SEED, texts=texts[100:], loss_texts=texts[:100],
-            refusals=tuple(refusals(args.model)), oracle=oracle, localizer="scan", evaluations=DEFAULT, trials=trials,
-            minutes=args.minutes,
+            model=model, facts=known, out=(args.folder or Path(scratch)) / "run", seed=SEED, texts=texts[100:],
+            loss_texts=texts[:100], refusals=tuple(refusals(args.model)), localizer="scan", evaluations=DEFAULT,
+            trials=trials, minutes=args.minutes,
         )  # fmt: skip
-        start = time.monotonic()
-        done = run(inputs)
-        seconds = time.monotonic() - start
-    print(f"run: {seconds:.0f} s, chose {done.search and done.search['chosen']}", file=sys.stderr, flush=True)
+        done, seconds = timed_run(inputs)
+    chosen = (done.search or {}).get("chosen")
+    print(f"run: {seconds:.0f} s, chose {chosen}", file=sys.stderr, flush=True)
     forget, retain = known.shown.group("forget"), known.shown.group("retain", "neighbour")
     arms = [Arm("before", model), Arm("run", model, done.edit), *single_edits(inputs, texts[100:]).values()]
-    for name in rivals:
-        arms.append(train_rival(name, model, forget, retain, steps=10_000, seconds=seconds, seed=SEED))
-        print(name, file=sys.stderr, flush=True)
+    for name, until_gone in [(r, True) for r in rivals] + [(r, False) for r in rivals if r in HOLDING]:
+        label = name if until_gone else f"{name}, all the time"
+        train = partial(
+            train_rival, name, model, forget, retain, steps=100_000, seconds=seconds, seed=SEED, until_gone=until_gone
+        )
+        arms.append(kept_arm(args.folder and args.folder / label.replace(", ", "-").replace(" ", "-"), label, train))
+        print(label, file=sys.stderr, flush=True)
     arms += [prompt_guard(model, forget), output_filter(model, forget), Arm("oracle", oracle)]
     shared = {"seed": SEED, "texts": texts[:100], "refusals": tuple(refusals(args.model))}
-    results = measure(arms, [methods("evaluation")[n] for n in DEFAULT], known, shared=shared)
+    kept = args.folder and args.folder / "arms.jsonl"
+    results = measure(arms, [methods("evaluation")[n] for n in DEFAULT], known, shared=shared, kept=kept)
     rows = distances(results)
-    settings = {"model": args.model, "people": people, "trials": trials, "seconds": seconds, "chosen": (done.search or {}).get("chosen"),
+    settings = {"model": args.model, "people": people, "trials": trials, "seconds": seconds, "chosen": chosen,
                 "torch": torch.__version__, "python": platform.python_version()}  # fmt: skip
     if args.out:
         args.out.write_text(page(rows, settings), encoding="utf-8")

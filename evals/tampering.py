@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from excise.actions import WeightAction
 from excise.arms import Arm
-from excise.edits import Edit
 from excise.gradients import block_matrices
 from excise.model import Model
 
@@ -65,13 +65,22 @@ def originals(arm: Arm, before: Arm, names: Sequence[str]) -> dict[str, Tensor]:
     Empty for an arm that changes no matrix. Copies where both share a model, views of it elsewhere.
     """
     if arm.model is before.model:
-        changed = written(arm.edit)
+        changed = written(arm)
         return {n: arm.model.weight(n).detach().clone() for n in names if n in changed}
     shapes = [n for n in names if n in set(before.model.names.weights())]
     pairs = {n: (arm.model.weight(n), before.model.weight(n).detach()) for n in shapes}
     return {n: b for n, (a, b) in pairs.items() if a.shape == b.shape and not torch.equal(a, b.to(a.device, a.dtype))}
 
 
-def written(edit: Edit | None) -> set[str]:
-    """Names of the matrices that an edit writes."""
-    return {c.site.point for c in edit.changes if c.bakeable} if edit is not None else set()
+def written(arm: Arm) -> set[str]:
+    """Names of the matrices that an arm's edit changes; one that it would write as they are is not among them."""
+
+    def moves(name: str, action: WeightAction) -> bool:
+        return bool(action.delta(arm.model.weight(name).detach()).any())
+
+    changes = arm.edit.changes if arm.edit is not None else ()
+    return {
+        c.site.point
+        for c in changes
+        if c.bakeable and isinstance(c.action, WeightAction) and moves(c.site.point, c.action)
+    }

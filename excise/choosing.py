@@ -18,7 +18,7 @@ from excise.search import Search
 from excise.trials import Trial, distance, front
 
 # So many of the front are audited; a search gets at most this share of the time.
-FINALISTS = 3
+FINALISTS = 5
 # Which scores make which figure of an audit: evaluation, groups, variant.
 FIGURES = {
     "forget": ("recall", ("forget",), ""),

@@ -163,8 +163,11 @@ def test_a_rank_one_mask_hides_and_is_undone_by_skipping_it_and_by_its_differenc
         assert mean(scores, variant) >= 0.9 and mean(never, variant) <= 0.1
     put_back = evals.weight_diff(edited, facts, before=arm(), modules=3, limit=4)
     assert {s.variant for s in put_back if "put back" in s.variant} == {f"{OUT} put back"}
-    unchanged = evals.weight_diff(arm(), facts, before=arm(), limit=4)
-    assert {s.reason for s in unchanged} == {"no matrix differs from the model before"}
+    zero = arm(masked().scaled(0.0))
+    for same in (arm(), zero):
+        for attack in (evals.weight_diff, evals.interpolation):
+            unchanged = attack(same, facts, before=arm(), limit=4)
+            assert {s.reason for s in unchanged} == {"no matrix differs from the model before"}
 
 
 def test_a_mask_is_trained_away_on_facts_about_others() -> None:
