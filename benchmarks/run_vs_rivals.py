@@ -5,9 +5,9 @@
 Ten people of the embedded world that nothing was tuned on are to be forgotten. `run` is the whole command: it localizes,
 searches, audits its best few and chooses; the oracle it never sees. Every other arm is then audited on the same questions. A
 rival is given as many seconds as `run` took, and ends when its own forget answers are gone, as its authors tune it, or, "all
-the time", with the last second; that only where a term of its loss holds what is to be kept. Distance to the oracle: Euclidean, over recall of the facts to forget in all forms, recall of what is
-to be kept, what the logit lens and a probe find inside, and what attacks draw; intervals over people, who are resampled
-with all their questions, in every arm alike.
+the time", with the last second; that only where a term of its loss holds what is to be kept. Distance to the oracle:
+Euclidean, over recall of the facts to forget in all forms, recall of what is to be kept, what the logit lens and a probe find
+inside, and what attacks draw; intervals over people, who are resampled with all their questions, in every arm alike.
 """
 
 from __future__ import annotations
