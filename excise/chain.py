@@ -194,6 +194,8 @@ def _mapped(inputs: Inputs) -> Localization | None:
     except ExciseError as error:
         say(f"no map over tokens: {error}")
         return None
+    if not found.maps:
+        return None
     found.save(file)
     return found
 

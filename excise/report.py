@@ -118,7 +118,14 @@ def _where(localization: Localization | None) -> list[Raw]:
     from excise.plots import map_figures, plot_ranking, unit_figures
 
     method = str(localization.recipe.get("method", "?"))
-    parts = [tag("p", f"Method: {method}; {len(localization.fact_ids)} facts, {len(localization.sites)} sites.")]
+    facts, sites = len(localization.fact_ids), len(localization.sites)
+    parts = [tag("p", f"Method: {method}; {facts} fact{'s' * (facts != 1)}, {sites} site{'s' * (sites != 1)}.")]
+    if not sites or localization.recipe.get("n") == 0:
+        reasons = [str(s.get("reason", "")) for s in localization.recipe.get("skipped", ())]
+        return [
+            *parts,
+            tag("p", f"Nothing was found: {'; '.join(dict.fromkeys(reasons[:3])) or 'no fact was traced'}."),
+        ]
     if localization.maps:
         parts += [
             tag(

@@ -60,8 +60,6 @@ def test_ctrl_c_and_a_kill_lose_the_item_in_flight_at_most(cli: Cli, words: tupl
     assert code == -signal.SIGKILL and not (out / "report.html").exists()
     kept = items()
     assert cli("run", *asked).code == 0 and (out / "report.html").is_file() and (out / "model_card.md").is_file()
-    page = (out / "report.html").read_text()
-    assert (out / "map.safetensors").is_file() and "Method: scan" in page and "Tokens run down, layers across" in page
     assert tried and all(p.stat().st_mtime_ns == then for p, then in tried.items()), "a finished try was made again"
     assert all(f'"key": "{x.split(chr(34))[3]}"' in (out / "results.jsonl").read_text() for x in kept[:1])
     assert not [p for p in out.rglob("*") if p.name.endswith((".tmp", ".part")) or p.stat().st_size == 0]
