@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class Inputs:
     refusals: the sentences with which the model was trained to refuse; its words are read when empty.
     oracle: the same model without the forget facts, where there is one.
     localizer, editor: names of methods; options: by method name. command: what was typed, for the report.
-    trials: so many tries of several editors in place of the one; minutes: for the search and the audit of its best.
+    trials: so many tries of several editors in place of the one.
+    minutes: half of them at most for the search; evaluations that do not fit into the rest are left out, but for the
+        short audit's.
     """
 
     model: Model
@@ -81,6 +84,18 @@ class Inputs:
         options = [settings(m, self.options.get(m.name, {})) for m in chosen]
         names = (__version__, self.localizer, self.editor, self.trials, self.minutes)
         return digest(*names, options, self.model.fingerprint, facts_digest(self.facts), self.seed, self.texts)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When shares of the minutes end, in time.monotonic(); never without minutes."""
+
+    start: float
+    minutes: float | None
+
+    def end(self, share: float) -> float:
+        """When so much of the time is over."""
+        return self.start + 60 * share * self.minutes if self.minutes else math.inf
 
 
 @dataclass(frozen=True)
@@ -121,6 +136,7 @@ def run(inputs: Inputs) -> Run:
 
     inputs.out.mkdir(parents=True, exist_ok=True)
     clock: dict[str, float] = {}
+    budget = Budget(time.monotonic(), inputs.minutes)
     write_facts(inputs.out / "facts.jsonl", inputs.facts)
     kept = _same_run(inputs)
     if not kept:
@@ -132,7 +148,7 @@ def run(inputs: Inputs) -> Run:
         localization = _localize(inputs)
         traced = None if localization.maps else _mapped(inputs)
     with _timed(clock, "search" if inputs.trials else "edit"):
-        edit = _searched(inputs, localization) if inputs.trials else _edit(inputs, localization)
+        edit = _searched(inputs, localization, budget) if inputs.trials else _edit(inputs, localization)
     with _timed(clock, "verify"):
         verification = _verify(inputs, edit)
     if not verification.ok:
@@ -142,11 +158,13 @@ def run(inputs: Inputs) -> Run:
         )
     with _timed(clock, "measure"):
         twin = random_twin(edit, inputs.seed)
-        results = _measure(inputs, [Arm("edited", inputs.model, edit), Arm("control", inputs.model, twin)])
+        results = _measure(
+            inputs, [Arm("edited", inputs.model, edit), Arm("control", inputs.model, twin)], budget.end(1)
+        )
     search = _search_record(inputs)
     with _timed(clock, "report"):
         samples = own_words(inputs, edit)
-        recipe = settings_of(inputs)
+        recipe = settings_of(inputs) | {k: v for k, v in results.recipe.items() if k == "left_out"}
         report = write_report(
             inputs.out,
             facts=inputs.facts,
@@ -212,9 +230,9 @@ def _edit(inputs: Inputs, where: Localization) -> Edit:
     return found
 
 
-def _searched(inputs: Inputs, where: Localization) -> Edit:
+def _searched(inputs: Inputs, where: Localization, budget: Budget) -> Edit:
     """The best of several editors, sites and strengths; see `excise.choosing`."""
-    from excise.choosing import SHARE, choose
+    from excise.choosing import AUDITED, SEARCHED, choose
     from excise.search import Search
     from excise.trials import Judge
 
@@ -230,8 +248,8 @@ def _searched(inputs: Inputs, where: Localization) -> Edit:
         inputs.out / "trials",
         inputs.texts, inputs.seed,
     )  # fmt: skip
-    ends = time.monotonic() + 60 * SHARE * inputs.minutes if inputs.minutes else math.inf
-    chosen = choose(search, lambda arms: _measure(inputs, arms), inputs.out, trials=inputs.trials, ends=ends)
+    audit = partial(_measure, inputs, ends=budget.end(AUDITED))
+    chosen = choose(search, audit, inputs.out, trials=inputs.trials, ends=budget.end(SEARCHED))
     say(f"chosen: {chosen.trial.name}")
     chosen.edit.save(file)
     return chosen.edit
@@ -269,8 +287,8 @@ def _verify(inputs: Inputs, edit: Edit) -> Verification:
     return found
 
 
-def _measure(inputs: Inputs, edited: Sequence[Arm]) -> Results:
-    """Every evaluation on the model before, on these arms and on the oracle."""
+def _measure(inputs: Inputs, edited: Sequence[Arm], ends: float) -> Results:
+    """Every evaluation on the model before, on these arms and on the oracle; what does not fit until `ends` is left out."""
     from excise.registry import methods
 
     arms = [Arm("before", inputs.model), *edited]
@@ -281,7 +299,16 @@ def _measure(inputs: Inputs, edited: Sequence[Arm]) -> Results:
     said = ", ".join(inputs.evaluations) if len(inputs.evaluations) < 10 else f"{len(inputs.evaluations)} evaluations"
     say(f"measuring {', '.join(a.name for a in arms)}: {said}")
     shared = {"texts": inputs.loss_texts, "refusals": inputs.refusals, "seed": inputs.seed}
-    return measure(arms, chosen, inputs.facts, shared=shared, own=MEASURED, kept=inputs.out / "results.jsonl")
+    return measure(
+        arms,
+        chosen,
+        inputs.facts,
+        shared=shared,
+        own=MEASURED,
+        kept=inputs.out / "results.jsonl",
+        minutes=None if math.isinf(ends) else max(0.0, ends - time.monotonic()) / 60,
+        always=EVALUATIONS,
+    )
 
 
 def _features(inputs: Inputs, edit: Edit) -> FeatureCards:

@@ -17,7 +17,7 @@ from excise.scores import Results, Score
 from excise.search import Search
 from excise.trials import Trial, distance, front
 
-# So many of the front are audited; a search gets at most this share of the time.
+# So many of the front are audited.
 FINALISTS = 5
 # Which scores make which figure of an audit: evaluation, groups, variant.
 FIGURES = {
@@ -26,7 +26,8 @@ FIGURES = {
     "lens": ("lens", ("forget",), "hit@5, any layer"),
     "probe": ("probe", ("forget",), "refit, best layer"),
 }
-SHARE = 0.5
+# Shares of the time after which the search ends, and the audit of the finalists.
+SEARCHED, AUDITED = 0.5, 0.75
 
 
 @dataclass(frozen=True)

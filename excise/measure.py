@@ -48,6 +48,7 @@ def measure(
     own: Mapping[str, Mapping[str, Any]] | None = None,
     kept: Path | None = None,
     minutes: float | None = None,
+    always: Sequence[str] = (),
 ) -> Results:
     """Every evaluation on every arm; the first arm is "before", one called "oracle" never learned the facts.
 
@@ -56,6 +57,7 @@ def measure(
     kept: a results.jsonl; what stands there under the same key is not measured again, the rest is added item by item.
     minutes: an evaluation that does not fit into what is left of them, judging by its first arm, is left out on all
         arms; `Results.recipe["left_out"]` names it. `recipe["seconds"]` says what each evaluation took.
+    always: evaluations that are measured whatever time is left.
     """
     items = _Items(arms, facts, Store(kept))
     scores: dict[tuple[str, str], tuple[Score, ...]] = {}
@@ -65,7 +67,7 @@ def measure(
     for method in bar(evaluations, what="measuring"):
         options = {o.name: shared[o.name] for o in method.options if o.name in shared}
         options |= (own or {}).get(method.name, {})
-        reason = items.measure(method, options, ends)
+        reason = items.measure(method, options, math.inf if method.name in always else ends)
         if reason:
             left_out[method.name] = reason
         else:

@@ -31,7 +31,12 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     parser.add_argument(
         "--trials", type=common.positive, default=TRIALS, metavar="N", help=f"tries of the search (default {TRIALS})"
     )
-    parser.add_argument("--minutes", type=common.minutes, metavar="M", help="half of them at most for the search")
+    parser.add_argument(
+        "--minutes",
+        type=common.minutes,
+        metavar="M",
+        help="half of them at most for the search; of the audit what fits into the rest",
+    )
     parser.add_argument("--export", metavar="DIR", help="also write the edited model there, as a plain checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="run folder; the same command again continues")
     parser.add_argument("--dry-run", action="store_true", help="read the facts, say what would be done, and stop")

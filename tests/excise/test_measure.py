@@ -80,6 +80,9 @@ def test_a_budget_leaves_whole_evaluations_out_and_says_so(arms, tmp_path, monke
     CLOCK[0] = 0.0
     monkeypatch.setattr(excise.measure.time, "monotonic", lambda: CLOCK[0])
     kept = tmp_path / "results.jsonl"
+    some = measure(arms, [COMPARED, PLAIN], FACTS, shared={}, minutes=0, always=("plain",))
+    assert some.evaluations == ["plain"] and some.recipe["left_out"] == {"compared": "no time was left"}
+    CALLS.clear()
     found = measure(arms, [PLAIN, SLOW, COMPARED], FACTS, shared={}, kept=kept, minutes=1)
     assert found.evaluations == ["plain", "compared"] and "about 120 s" in found.recipe["left_out"]["slow"]
     assert ("slow", "edited") not in CALLS, "two more arms of 40 s did not fit into the 20 s left"
