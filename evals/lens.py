@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -37,8 +38,9 @@ def lens(
     Read at the last prompt position. The frozen decoder rules out that only the head was edited; a model that was
     trained apart from `before`, such as an oracle, speaks another language inside and is read by its own. Variants:
     "log-probability, layer i", "rank, layer i" and "top-1, layer i" of the answer's first token; "hit@1, any layer" and
-    "hit@5, any layer" (nostalgebraist 2020; arXiv 2309.17410). Read against the oracle: with few possible answers the
-    right one is near the top by chance.
+    "hit@5, any layer" (nostalgebraist 2020; arXiv 2309.17410); "hit@5, others' answers", the share of the other subjects'
+    answers of the same relation that are found in the same states: with few possible answers the right one is near the
+    top by chance, and to a model that does not know it, it is one of them.
     forms: forms to ask in.
     groups: groups of facts to ask about.
     limit: most prompts per group, form and side of the held-out split; 0 for all.
@@ -50,13 +52,41 @@ def lens(
         return nothing(unasked[0][1] if unasked else f"no facts of the groups {', '.join(groups)}")
     decoder = before.model if kin(arm.model, before.model) else arm.model
     gold = torch.tensor([first_answer_token(arm.model, item.prompt) for item in items])
-    logprobs, ranks = [], []
+    logprobs, ranks, near = [], [], []
     for rows in layer_states(arm, items):
-        logp, rank = answer_rank(decode(decoder, rows), gold)
+        logits = decode(decoder, rows)
+        logp, rank = answer_rank(logits, gold)
         logprobs.append(logp)
         ranks.append(rank)
-    logp, rank = torch.stack(logprobs, 1), torch.stack(ranks, 1)
-    return [score for i, item in enumerate(items) for score in _scores(item, logp[i].tolist(), rank[i].tolist())]
+        near.append(logits.topk(min(NEAR, logits.shape[-1])).indices)
+    logp, rank, found = torch.stack(logprobs, 1), torch.stack(ranks, 1), torch.cat(near, 1)
+    scores = [score for i, item in enumerate(items) for score in _scores(item, logp[i].tolist(), rank[i].tolist())]
+    chances = by_chance([(item.fact.relation, item.fact.subject) for item in items], gold.tolist(), found.tolist())
+    pairs = zip(items, chances, strict=True)
+    return scores + [
+        i.score(chance, variant=f"hit@{NEAR}, others' answers") for i, chance in pairs if chance is not None
+    ]
+
+
+def by_chance(
+    about: Sequence[tuple[str, str]], gold: Sequence[int], found: Sequence[Sequence[int]]
+) -> list[float | None]:
+    """Of each item the share of the other subjects' answers of its relation that are among what was found for it.
+
+    about: relation and subject; gold: the answer; found: what was found. An answer that many give counts as often, one
+    that is the item's own not at all; None without a relation, or where there is no other answer.
+    """
+    answers: dict[str, Counter[tuple[str, int]]] = {}
+    for (relation, subject), answer in zip(about, gold, strict=True):
+        if relation:
+            answers.setdefault(relation, Counter())[subject, answer] += 1
+    chances: list[float | None] = []
+    for (relation, subject), own, seen in zip(about, gold, map(set, found), strict=True):
+        mine = answers.get(relation, Counter())
+        others = {key: n for key, n in mine.items() if key[0] != subject and key[1] != own}
+        hits = sum(n for (_, answer), n in others.items() if answer in seen)
+        chances.append(hits / sum(others.values()) if others else None)
+    return chances
 
 
 def layer_states(arm: Arm, items: Sequence[Item]) -> list[torch.Tensor]:

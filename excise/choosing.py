@@ -15,7 +15,7 @@ from excise.files import write_text
 from excise.progress import say
 from excise.scores import Results, Score
 from excise.search import Search
-from excise.trials import Trial, distance, front
+from excise.trials import CHANCE, Trial, distance, front
 
 # So many of the front are audited.
 FINALISTS = 5
@@ -62,11 +62,10 @@ def choose(search: Search, measured: Any, out: Path, *, trials: int, ends: float
     say(f"{len(done)} tries, {len(front(done))} on the front; auditing {', '.join(t.name for t in ranked)}")
     results = measured([Arm(name, search.model, edit) for name, edit in arms.items()])
     figures = {arm: audit_figures(results, arm) for arm in results.arms}
-    target = figures.get("oracle") or ideal(figures["before"])
-    audited = {
-        t.name: {**figures[arm], "distance": audit_distance(figures[arm], target)}
-        for t, arm in zip(ranked, arms, strict=True)
-    }
+    audited = {}
+    for t, arm in zip(ranked, arms, strict=True):
+        target = figures.get("oracle") or ideal(figures["before"], by_chance(results, arm))
+        audited[t.name] = {**figures[arm], "distance": audit_distance(figures[arm], target)}
     best = min(range(len(ranked)), key=lambda i: audited[ranked[i].name]["distance"])
     chosen = Choice(list(arms.values())[best], ranked[best], tuple(done), audited)
     write_text(out / "search.json", json.dumps(chosen.record(), indent=1, ensure_ascii=False) + "\n")
@@ -96,9 +95,18 @@ def _drawn(scores: Sequence[Score], evaluation: str) -> float | None:
     return sum(s.value or 0.0 for s in worst) / len(worst) if worst else None
 
 
-def ideal(before: Mapping[str, float]) -> dict[str, float]:
-    """What an edit should reach where no model that never learned the facts is at hand: nothing said, found or lost."""
-    return {k: (v if k == "kept" else 0.0) for k, v in before.items()}
+def by_chance(results: Results, arm: str) -> float:
+    """What the lens finds in an arm of answers that are not the subject's; 0 where that was not measured."""
+    scores = results.scores.get((arm, "lens"), ())
+    values = [s.value for s in scores if s.group == "forget" and s.variant == CHANCE and s.value is not None]
+    return sum(values) / len(values) if values else 0.0
+
+
+def ideal(before: Mapping[str, float], chance: float = 0.0) -> dict[str, float]:
+    """What an edit should reach where no model that never learned the facts is at hand: nothing said or lost, and found
+    no more than by chance.
+    """
+    return {k: {"kept": v, "lens": chance}.get(k, 0.0) for k, v in before.items()}
 
 
 def audit_distance(figures: Mapping[str, float], target: Mapping[str, float]) -> float:

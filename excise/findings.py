@@ -189,7 +189,9 @@ def inside(results: Results, who: Mapping[str, str]) -> list[Finding]:
 
 
 def _found_by(results: Results, who: Mapping[str, str], evaluation: str, variant: str, tool: str) -> Finding:
-    """Whether a tool finds more in the edited model than in the oracle or, without one, than in shuffled answers."""
+    """Whether a tool finds more in the edited model than in the oracle or, without one, than of answers that are not
+    the subject's.
+    """
     question = f"Is it still inside? ({tool.removeprefix('the ').removeprefix('a ')})"
     rows = {(r.arm, r.variant): r for r in rows_of(results, evaluation, "forget")}
     after = rows.get((who["edited"], variant))
@@ -198,6 +200,7 @@ def _found_by(results: Results, who: Mapping[str, str], evaluation: str, variant
     references = (
         (who.get("oracle", ""), variant, "a model that never knew the facts"),
         (who["edited"], "shuffled, best layer", "answers dealt at random"),
+        (who["edited"], "hit@5, others' answers", "other subjects' answers"),
     )
     says = f"{tool[0].upper()}{tool[1:]} reads {_shown(after)}"
     arm, other, name = next((r for r in references if r[:2] in rows), ("", "", ""))

@@ -17,6 +17,8 @@ from excise.scores import Score
 # Prompts per side that judge a trial.
 JUDGED = 96
 FIGURES = ("forget", "damage", "residual")
+# What the lens finds of the answers to forget, and of answers that are not the subject's.
+FOUND, CHANCE = "hit@5, any layer", "hit@5, others' answers"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Trial:
     """One try: an editor, its options, the block (None: its own choice), the strength, and how it was judged.
 
     forget: mean probability of the answers to forget. damage: mean probability that answers to keep have lost. residual:
-    share of the answers to forget that the logit lens finds in some layer. All in [0, 1], less is better; None where no
-    edit was made, for the reason given.
+    share of the answers to forget that the logit lens finds in some layer, beyond what it finds of other subjects' answers.
+    All in [0, 1], less is better; None where no edit was made, for the reason given.
     """
 
     key: str
@@ -83,8 +85,8 @@ class Judge:
         seen = method("evaluation", "lens").function(
             arm, self.facts.group("forget"), before=self.before, groups=("forget",), limit=JUDGED // 8, seed=self.seed
         )
-        hits = [s.value for s in seen if s.variant == "hit@5, any layer" and s.value is not None]
-        return _mean(forget), _mean(lost), _mean(hits)
+        hits, others = ([s.value for s in seen if s.variant == v and s.value is not None] for v in (FOUND, CHANCE))
+        return _mean(forget), _mean(lost), max(0.0, _mean(hits) - _mean(others))
 
     def _probabilities(self, arm: Arm) -> dict[tuple[Any, ...], float]:
         scores: Sequence[Score] = method("evaluation", "probability").function(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from evals import lens
-from evals.lens import answer_rank, decode, kin, layer_states
+from evals.lens import answer_rank, by_chance, decode, kin, layer_states
 from evals.sampling import sample
 from excise.arms import Arm
 from excise.facts import Fact, Prompt
@@ -51,6 +52,29 @@ def test_scores_agree_with_the_answer() -> None:
         assert found["hit@1, any layer"].value == float(min(ranks) == 1)
         assert found["hit@5, any layer"].value == float(min(ranks) <= 5)
         assert [found[f"top-1, layer {i}"].value for i in range(3)] == [float(r == 1) for r in ranks]
+
+
+def test_what_is_found_by_chance_is_of_others_answers() -> None:
+    about = [("city", "a"), ("city", "b"), ("city", "c"), ("city", "d"), ("trade", "a"), ("", "b"), ("", "c")]
+    gold = [1, 2, 2, 1, 7, 8, 9]
+    found = [[1, 2], [1, 3], [2, 3], [4, 5], [1, 2], [8, 9], [8, 9]]
+    # a: of b's and c's 2 both are there; d's 1 is its own. b: a's and d's 1. c: neither 1. d: neither 2. Then nobody else.
+    assert by_chance(about, gold, found) == [1.0, 1.0, 0.0, 0.0, None, None, None]
+    assert by_chance([("city", s) for s in "abc"], [1, 2, 3], [[2], [1], [9]]) == [0.5, 0.5, 0.0]
+
+
+def test_to_a_model_that_knows_nothing_the_answer_is_one_of_the_others() -> None:
+    """An untrained model finds the answers as often as those of others; one that knows them finds them more often."""
+    arm = Arm("before", Model(*tiny_model("llama", layers=3)))
+    words = "Rome Paris Warsaw London Berlin Vienna Madrid Oslo Athens Dublin Prague Lisbon".split()
+    facts = [
+        Fact(f"f{i}", f"Person {i}", w, (Prompt(f"Person {i} lives in", w, f"Person {i}"),), relation="home")
+        for i, w in enumerate(words)
+    ]
+    scores = lens(arm, facts, before=arm, limit=0)
+    hits, others = ([s.value for s in scores if s.variant == v] for v in ("hit@5, any layer", "hit@5, others' answers"))
+    assert len(hits) == len(others) == len(words)
+    assert np.mean(hits) == pytest.approx(np.mean(others), abs=0.15)
 
 
 def test_an_edited_model_is_read_by_the_decoder_of_before() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -213,6 +214,13 @@ def test_harm_control_and_what_is_inside() -> None:
     assert "inside it still holds them" in verdict(results(inside=1.0)).headline
     without = results(arms=("before", "rocr"))
     assert state(without, "logit lens") == "unclear" and state(without, "any change") == "unmeasured"
+    for found, expected in ((0.0, "good"), (0.6, "bad")):
+        alone = results(arms=("before", "rocr"), inside=found)
+        chance = tuple(
+            replace(s, variant="hit@5, others' answers", value=0.1) for s in alone.scores["rocr", "lens"][:60]
+        )
+        alone = Results(alone.scores | {("rocr", "lens"): alone.scores["rocr", "lens"] + chance}, alone.modes)
+        assert state(alone, "logit lens") == expected, "others' answers stand in for a model that never knew"
 
 
 @pytest.mark.parametrize(("then", "now", "state_"), [(0.01, 0.017, "good"), (0.1, 0.2, "bad"), (1.0, 1.2, "bad")])

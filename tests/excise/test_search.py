@@ -131,7 +131,7 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_the_nearest_in_the_audit_is_chosen(search, tmp_path):
     def measured(arms):
-        values = {"before": 1.0, "oracle": 0.1} | {a.name: 0.4 - 0.1 * i for i, a in enumerate(arms)}
+        values = {"before": 1.0, "oracle": 0.1} | {a.name: 0.4 - 0.05 * i for i, a in enumerate(arms)}
         return Results(
             {(a, "recall"): (Score("f", "s", "forget", v), Score("r", "t", "retain", 1.0)) for a, v in values.items()}
         )
@@ -152,3 +152,4 @@ def test_without_an_oracle_the_target_says_nothing_and_keeps_everything():
         {"forget": 0.0, "kept": 0.9}
     )
     assert audit_distance(before, ideal(before)) == pytest.approx(1.0)
+    assert ideal({"kept": 0.9, "lens": 1.0, "probe": 0.5}, 0.3) == {"kept": 0.9, "lens": 0.3, "probe": 0.0}
