@@ -15,9 +15,9 @@ from excise.files import write_text
 from excise.progress import say
 from excise.scores import Results, Score
 from excise.search import Search
-from excise.trials import CHANCE, Trial, distance, front
+from excise.trials import CHANCE, Trial, best_of_each, distance, front
 
-# So many of the front are audited.
+# So many of the front are audited; as far as there are so many, they differ in more than their strengths.
 FINALISTS = 5
 # Which scores make which figure of an audit: evaluation, groups, variant.
 FIGURES = {
@@ -57,7 +57,7 @@ def choose(search: Search, measured: Any, out: Path, *, trials: int, ends: float
     search.json as well.
     """
     done = search.run(trials, ends)
-    ranked = sorted(front(done), key=lambda t: distance(t.figures or (), search.judge.target))[:FINALISTS]
+    ranked = best_of_each(done, lambda t: t.kind, search.judge.target)[:FINALISTS]
     arms = {f"finalist {i + 1}": search.edit(t) for i, t in enumerate(ranked)}
     say(f"{len(done)} tries, {len(front(done))} on the front; auditing {', '.join(t.name for t in ranked)}")
     results = measured([Arm(name, search.model, edit) for name, edit in arms.items()])

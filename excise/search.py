@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from excise.progress import bar, say
 from excise.redirection import candidate_blocks
 from excise.registry import method
 from excise.scores import Localization
-from excise.trials import FIGURES, Judge, Trial, distance, front
+from excise.trials import FIGURES, Judge, Trial, best_of_each
 
 # What is tried of each editor: values to choose from, or the ends of a range on a log scale. Its own default comes first
 # where it is among them, else the first value.
@@ -104,10 +105,10 @@ class Search:
         return Edit.load(self._file(trial.key))
 
     def _pairs(self, done: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
-        """The nearest pairs of edits by different editors: each may miss what the other one meets."""
-        ranked = sorted(front(done), key=lambda t: distance(t.figures or (), self.judge.target))
-        pairs = [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :] if a.editor != b.editor]
-        return pairs[:SUMS]
+        """The best edits of different editors in pairs: each may miss what the other one meets."""
+        ranked = best_of_each(done, lambda t: t.editor, self.judge.target)
+        places = combinations(range(len({t.editor for t in ranked})), 2)
+        return [(ranked[i], ranked[j]) for i, j in sorted(places, key=sum)[:SUMS]]
 
     # --- what is tried
 

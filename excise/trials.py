@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,11 @@ class Trial:
     def figures(self) -> tuple[float, float, float] | None:
         """The three figures, or None where no edit was made."""
         return None if self.forget is None else (self.forget, self.damage or 0.0, self.residual or 0.0)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """All that tells the trial from others but for strengths and other numbers on a scale."""
+        return self.editor, self.block, *(str(v) for v in self.options.values() if not isinstance(v, float))
 
     @property
     def name(self) -> str:
@@ -110,6 +115,15 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
     made = [t for t in trials if t.figures]
     best = [t for t in made if not any(_beats(o, t) for o in made)]
     return sorted(best, key=lambda t: t.figures or ())
+
+
+def best_of_each(trials: Sequence[Trial], kind: Callable[[Trial], Any], target: Sequence[float]) -> list[Trial]:
+    """The trials of the front, nearest to the target first, but behind them all that resemble a nearer one: first stands
+    the best of each kind.
+    """
+    ranked = sorted(front(trials), key=lambda t: distance(t.figures or (), target))
+    first = {kind(t): t for t in reversed(ranked)}.values()
+    return sorted(ranked, key=lambda t: t not in first)
 
 
 def _beats(a: Trial, b: Trial) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from excise.model import Model
 from excise.scores import Results, Score
 from excise.search import SPACES, Search
 from excise.sites import Site
-from excise.trials import Trial, front
+from excise.trials import Trial, best_of_each, front
 from tiny import tiny_model
 
 FACTS = Facts(
@@ -99,8 +100,6 @@ def test_time_that_is_up_leaves_one_try(search):
 
 
 def test_no_editor_that_applies_is_an_error_with_the_reasons(search):
-    from dataclasses import replace
-
     with pytest.raises(ExciseError, match="no editor applies: unfit: no experts here"):
         replace(search, editors=("unfit",)).run(3)
 
@@ -127,6 +126,19 @@ def test_the_front_holds_what_nothing_beats():
     ]
     assert [t.name for t in front(tried)] == ["a", "b"]
     assert len(front([trial("a", 0.1, 0.1, 0.1), trial("b", 0.1, 0.1, 0.1)])) == 2, "equals do not beat each other"
+
+
+def test_the_best_of_each_kind_stand_first():
+    tried = [
+        replace(trial("a", 0.0, 0.1, 0.1), options={"copies": 1, "ridge": 0.1}),
+        replace(trial("a", 0.0, 0.0, 0.2), options={"copies": 1, "ridge": 0.2}),
+        replace(trial("a", 0.3, 0.0, 0.1), options={"copies": 2, "ridge": 0.2}),
+        replace(trial("b", 0.4, 0.0, 0.0), block=3),
+        trial("c", 0.5, 0.5, 0.5),
+    ]
+    target = (0.0, 0.0, 0.0)
+    assert best_of_each(tried, lambda t: t.kind, target) == [tried[0], tried[2], tried[3], tried[1]]
+    assert best_of_each(tried, lambda t: t.editor, target) == [tried[0], tried[3], tried[1], tried[2]]
 
 
 def test_the_nearest_in_the_audit_is_chosen(search, tmp_path):
