@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from excise.arms import Arm
-from excise.attacks import ANY, is_attack
+from excise.attacks import is_attack
 from excise.edits import Edit
 from excise.files import write_text
 from excise.progress import say
 from excise.scores import Results, Score
 from excise.search import Search
-from excise.trials import CHANCE, Trial, best_of_each, distance, front
+from excise.trials import CHANCE, Trial, best_of_each, distance, front, worst_of
 
 # So many of the front are audited; as far as there are so many, they differ in more than their strengths.
 FINALISTS = 5
@@ -91,7 +91,7 @@ def _drawn(scores: Sequence[Score], evaluation: str) -> float | None:
     if not is_attack(evaluation):
         return None
     mine = [s for s in scores if s.group == "forget" and s.value is not None]
-    worst = [s for s in mine if s.variant == ANY] or mine
+    worst = worst_of(mine)
     return sum(s.value or 0.0 for s in worst) / len(worst) if worst else None
 
 

@@ -171,8 +171,9 @@ def _tried(search: Mapping[str, Any] | None) -> list[Raw]:
         figures = [trial.get(k) for k in ("forget", "damage", "residual")]
         rows.append([trial["name"], mark, *figures, audited.get(trial["name"], {}).get("distance"), trial["reason"]])
     note = (
-        "Each try is judged on wordings that were taught: what is still said, what others have lost, what the logit lens "
-        "finds inside. The best few were audited, on held-out wordings and people too; the nearest to the target was chosen."
+        "Each try is judged on wordings that were taught: what is still said, what others have lost, and what is still inside: "
+        "found there by the logit lens beyond chance, or said again with the edited parts left out. The best few were audited, "
+        "on held-out wordings and people too; the nearest to the target was chosen."
     )
     columns = ["try", "standing", "still said", "damage", "inside", "distance in the audit", "why not"]
     return [

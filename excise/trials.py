@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from excise.arms import Arm
+from excise.attacks import ANY
 from excise.edits import Edit
 from excise.facts import Facts
 from excise.model import Model
@@ -26,8 +27,9 @@ class Trial:
     """One try: an editor, its options, the block (None: its own choice), the strength, and how it was judged.
 
     forget: mean probability of the answers to forget. damage: mean probability that answers to keep have lost. residual:
-    share of the answers to forget that the logit lens finds in some layer, beyond what it finds of other subjects' answers.
-    All in [0, 1], less is better; None where no edit was made, for the reason given.
+    what is still inside, the worse of two: the share of the answers to forget that the logit lens finds in some layer,
+    beyond what it finds of other subjects' answers, and the share that is said again as soon as the edited parts are left
+    out. All in [0, 1], less is better; None where no edit was made, for the reason given.
     """
 
     key: str
@@ -91,7 +93,24 @@ class Judge:
             arm, self.facts.group("forget"), before=self.before, groups=("forget",), limit=JUDGED // 8, seed=self.seed
         )
         hits, others = ([s.value for s in seen if s.variant == v and s.value is not None] for v in (FOUND, CHANCE))
-        return _mean(forget), _mean(lost), max(0.0, _mean(hits) - _mean(others))
+        return _mean(forget), _mean(lost), max(0.0, _mean(hits) - _mean(others), self._back(arm))
+
+    def _back(self, arm: Arm) -> float:
+        """Share of some facts to forget that is said without the edit's hooks, or when an edited layer is skipped."""
+        sites = [c.site for c in arm.edit.changes] if arm.edit is not None else []
+        layers = tuple(sorted({s.layer for s in sites if s.layer is not None}))
+        parts = tuple(
+            p for p, mine in (("mlp", False), ("attention", True)) if any(mine is (".attn" in s.point) for s in sites)
+        )
+        asked: dict[str, Any] = {"groups": ("forget",), "limit": JUDGED // 8, "seed": self.seed}
+        found: list[Sequence[Score]] = []
+        if arm.mode == "hook":
+            found.append(method("evaluation", "hook_removal").function(arm, self.facts, **asked))
+        if layers:
+            found.append(
+                method("evaluation", "layer_skip").function(arm, self.facts, layers=layers, parts=parts, **asked)
+            )
+        return max((_mean([s.value for s in worst_of(scores) if s.value is not None]) for scores in found), default=0.0)
 
     def _probabilities(self, arm: Arm) -> dict[tuple[Any, ...], float]:
         scores: Sequence[Score] = method("evaluation", "probability").function(
@@ -99,6 +118,11 @@ class Judge:
         )
         known = [s for s in scores if s.value is not None and not s.held_out]
         return {(s.group, s.fact, s.form, i): float(s.value or 0.0) for i, s in enumerate(known)}
+
+
+def worst_of(scores: Sequence[Score]) -> Sequence[Score]:
+    """The worst cases over an attack's variants; all scores of an attack that has but one."""
+    return [s for s in scores if s.variant == ANY] or scores
 
 
 def _mean(values: Sequence[float]) -> float:
