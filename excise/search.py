@@ -1,8 +1,8 @@
 """The search: several editors over a few sites, options and strengths, each trial judged by three cheap figures.
 
 Which trial comes next is Optuna's choice (tree-structured Parzen estimators for several objectives), by seed; every
-editor's defaults are tried first. A finished trial is two files, its edit and its figures: a search that was interrupted
-goes on from them, and with the same seed tries the same things.
+editor's defaults are tried first, then the defaults with one choice made otherwise. A finished trial is two files, its edit
+and its figures: a search that was interrupted goes on from them, and with the same seed tries the same things.
 """
 
 from __future__ import annotations
@@ -83,16 +83,19 @@ class Search:
         for editor in bar(self.editors[:trials], what="trying every editor"):
             if not done or time.monotonic() < ends:
                 done.append(self._trial(len(done), *self._default(editor)))
-        able = [t for t in done if t.figures]
+        able = [t.editor for t in done if t.figures]
         if not able:
             raise ExciseError(f"no editor applies: {'; '.join(f'{t.editor}: {t.reason}' for t in done)}")
-        study = self._study(able)
+        for other in bar(self._others(able)[: max(0, trials - len(done))], what="trying their choices"):
+            if time.monotonic() < ends:
+                done.append(self._trial(len(done), *other))
+        study = self._study([t for t in done if t.figures])
         for _ in bar(range(max(0, trials - len(done))), what="trying"):
             if time.monotonic() >= ends:
                 say(f"time is up after {len(done)} trials")
                 break
             asked = study.ask()
-            found = self._trial(len(done), *self._suggested(asked, [t.editor for t in able]))
+            found = self._trial(len(done), *self._suggested(asked, able))
             done.append(found)
             study.tell(asked, found.figures or WORST)
         for a, b in self._pairs(done):
@@ -120,14 +123,25 @@ class Search:
         }
         return editor, options, None, 1.0
 
+    def _others(self, editors: Sequence[str]) -> list[tuple[str, dict[str, Any], int | None, float]]:
+        """The editors' defaults with one choice made otherwise: so few trials would leave most of them to chance."""
+        found = []
+        for editor in editors:
+            _, options, block, strength = self._default(editor)
+            for name, space in SPACES.get(editor, {}).items():
+                values = [] if isinstance(space, tuple) else [v for v in space if v != options[name]]
+                found += [(editor, {**options, name: v}, block, strength) for v in values]
+        return found
+
     def _study(self, able: Sequence[Trial]) -> Any:
-        """A study that knows how the editors' defaults fared."""
+        """A study that knows how the first trials fared."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=2 * len(able))
+        names = list(dict.fromkeys(t.editor for t in able))
+        sampler = optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=2 * len(names))
         study = optuna.create_study(directions=["minimize"] * len(FIGURES), sampler=sampler)
-        kinds, names = optuna.distributions, [t.editor for t in able]
+        kinds = optuna.distributions
         for trial in able:
             space: dict[str, Any] = {"editor": kinds.CategoricalDistribution(names)}
             space |= {"strength": kinds.FloatDistribution(*STRENGTHS, log=True)}

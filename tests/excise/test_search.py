@@ -33,7 +33,7 @@ def _edit(size: float) -> Edit:
     return Edit((Change(Site("blocks.0.mlp.W_out"), LowRank(left, right)),))
 
 
-def good(model, forget, retain, where=None, *, ridge: float = 0.3, seed: int = 0):
+def good(model, forget, retain, where=None, *, ridge: float = 0.3, copies: int = 1, seed: int = 0):
     MADE.append(("good", ridge, where and [str(s) for s in where.sites]))
     return _edit(1.0 + ridge)
 
@@ -62,7 +62,7 @@ def search(tmp_path, monkeypatch):
     MADE.clear()
     for function in (good, weak, unfit):
         registry._register("editor", function)
-    monkeypatch.setitem(SPACES, "good", {"ridge": (0.03, 1.0)})
+    monkeypatch.setitem(SPACES, "good", {"ridge": (0.03, 1.0), "copies": [1, 2]})
     monkeypatch.setattr("excise.search.PLACED", ("good",))
     model = Model(*tiny_model("llama"), "llama")
     yield Search(
@@ -75,7 +75,10 @@ def search(tmp_path, monkeypatch):
 def test_defaults_come_first_and_what_does_not_apply_is_not_tried_again(search):
     done = search.run(12)
     assert [t.editor for t in done[:3]] == ["good", "weak", "unfit"] and done[2].reason == "no experts here"
-    assert done[0].options == {"ridge": 0.3} and done[0].block is None and done[0].strength == 1
+    assert done[3].options == {"ridge": 0.3, "copies": 2} and done[3].strength == 1, (
+        "each choice is made otherwise once"
+    )
+    assert done[0].options == {"ridge": 0.3, "copies": 1} and done[0].block is None and done[0].strength == 1
     assert "unfit" not in {t.editor for t in done[3:]} and len([t for t in done if t.editor != "sum"]) == 12
     assert any(w and "subject_last" in w[0] for _, *rest in MADE for w in rest[1:]), "blocks are tried one by one"
 
