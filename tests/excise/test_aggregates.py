@@ -105,6 +105,8 @@ def test_summary_of_an_audit() -> None:
     distances = [_row(rows, "forget_quality", "D", arm) for arm in ("before", "edited")]
     assert distances[0].value == 1.0 and all(d.low <= d.value <= d.high for d in distances)
     assert _row(rows, "forget_quality", "log ratio above the oracle").high < 0
+    far, near = (_row(rows, "forget_quality", "Wasserstein", arm).value for arm in ("before", "edited"))
+    assert far > near > 1
     assert all(r.n > 0 and r.mode == "none" for r in rows)
 
 

@@ -27,6 +27,7 @@ from excise.statistics import (
     share,
     sign_flip,
     trend,
+    wasserstein,
     wilson,
 )
 
@@ -182,6 +183,7 @@ def test_ks() -> None:
     distance, p = ks([0, 1, 2, 3], [10, 11, 12, 13])
     assert distance == 1.0 and p == pytest.approx(2 / 70)
     assert ks([1, 2], [1, 2]) == (0.0, 1.0)
+    assert wasserstein([0, 1], [2, 3]) == 2.0
     i = np.arange(20) / 20
     assert ks(i, i + 0.5) == pytest.approx((0.5, 0.0122986), abs=1e-6)
     for n, critical in ((20, 0.429), (40, 0.304), (100, 0.192), (400, 0.096)):  # 1.358 sqrt(2 / n)
