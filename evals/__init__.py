@@ -40,6 +40,7 @@ from evals.pruning import pruning
 from evals.quantisation import quantisation
 from evals.recall import recall
 from evals.refusal import refusal
+from evals.refusal_quality import refusal_quality
 from evals.refusal_suppression import refusal_suppression
 from evals.relearning import relearning
 from evals.relocalized import relocalized
@@ -101,6 +102,7 @@ __all__ = [
     "quantisation",
     "recall",
     "refusal",
+    "refusal_quality",
     "refusal_suppression",
     "relearning",
     "relocalized",

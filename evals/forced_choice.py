@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from evals.candidates import Candidates, candidate_logprobs
 from evals.sampling import KNOWN, Item, asked_in, measurable, nothing
 from excise.arms import Arm
@@ -27,7 +29,8 @@ def forced_choice(
 
     The most sensitive question to a model whose probabilities can be seen: an edit that lowers an answer below a
     refusal and leaves it above its rivals is found here. Variants: "right" (1 where it is the likeliest, 1/m in a tie
-    of m), "reciprocal rank", "margin" (nats per token above the best rival), "chance" (what "right" is by guessing).
+    of m), "reciprocal rank", "margin" (nats per token above the best rival), "p(right)" (its share of all their
+    probabilities, TOFU's score of choices), "chance" (what "right" is by guessing).
     candidates: most wrong answers per fact; 0 for all that are known.
     groups: groups of facts to ask about.
     forms: forms to ask in; facts that have none of them are asked in all their forms.
@@ -59,6 +62,11 @@ def choice(right: float, wrong: Sequence[float]) -> tuple[float, float, float]:
     return win, 1 / (1 + above + level / 2), right - max(wrong)
 
 
+def probability_share(right: float, wrong: Sequence[float]) -> float:
+    """p+ / (p+ + sum of p-), from mean log-probabilities per token."""
+    return float(np.exp(right - np.logaddexp.reduce([right, *wrong])))
+
+
 def _scores(item: Item, others: Sequence[str], right: float, wrong: Sequence[float]) -> list[Score]:
     win, reciprocal, margin = choice(right, wrong)
     first = others[max(range(len(wrong)), key=lambda i: wrong[i])] if margin < 0 else item.prompt.answer
@@ -66,5 +74,6 @@ def _scores(item: Item, others: Sequence[str], right: float, wrong: Sequence[flo
         item.score(win, variant="right", detail=first),
         item.score(reciprocal, variant="reciprocal rank"),
         item.score(margin, variant="margin"),
+        item.score(probability_share(right, wrong), variant="p(right)"),
         item.score(1 / (1 + len(wrong)), variant="chance"),
     ]

@@ -74,7 +74,7 @@ def refusal(
     chosen = sample(usual, groups=GROUPS, forms=forms, limit=limit, seed=seed) + sample(
         other, groups=GROUPS, limit=limit, seed=seed
     )
-    items, unasked = measurable(arm.model, [_with_answer(item, refusals) for item in chosen])
+    items, unasked = measurable(arm.model, [with_answer(item, refusals) for item in chosen])
     if not items and not unasked:
         return nothing(f"no facts of the groups {', '.join(GROUPS)}")
     found = _by_first_token(arm, items, refusals) if refusals else _by_reading(arm, items, openings, words)
@@ -88,8 +88,8 @@ def is_refusal(text: str, openings: Sequence[str] = OPENINGS) -> bool:
     return any(re.match(rf"\W*{re.escape(o.strip())}\b", plain) for o in openings)
 
 
-def _with_answer(item: Item, refusals: tuple[str, ...]) -> Item:
-    # Where an answer begins is found by appending one; any will do.
+def with_answer(item: Item, refusals: tuple[str, ...] = ()) -> Item:
+    """The item with an answer: where one begins is found by appending one; any will do."""
     return replace(item, prompt=replace(item.prompt, answer=refusals[0] if refusals else "?"))
 
 

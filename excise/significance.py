@@ -80,6 +80,11 @@ def ks(a: Values, b: Values) -> tuple[float, float]:
     return float(found.statistic), float(found.pvalue)
 
 
+def wasserstein(a: Values, b: Values) -> float:
+    """How far one empirical distribution has to be moved to become the other, in the units of the values."""
+    return float(stats.wasserstein_distance(a, b))
+
+
 def mcnemar(lost: int, gained: int) -> float:
     """Exact two-sided p for paired right/wrong answers, from the two discordant counts."""
     return 1.0 if lost + gained == 0 else float(stats.binomtest(min(lost, gained), lost + gained, 0.5).pvalue)

@@ -37,6 +37,7 @@ from excise.significance import (
     permutation,
     sign_flip,
     trend,
+    wasserstein,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ __all__ = [
     "share",
     "sign_flip",
     "trend",
+    "wasserstein",
     "wilson",
 ]
 

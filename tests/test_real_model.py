@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy import stories, taught, toy_facts
 
+from benchmarks.metric_meta import faithfulness, steady, symmetric
 from edit import memit
 from evals import lens, probability, recall
 from excise.arms import compare
@@ -22,6 +23,13 @@ def share(results, arm, group, held_out=False):
     scores = results.scores[arm, "recall"]
     values = [s.value for s in scores if s.group == group and s.held_out == held_out]
     return sum(values) / len(values)
+
+
+def test_robustness_and_faithfulness_of_a_metric_by_hand():
+    assert symmetric((0.2, 0.1), (0.6, 0.2)) == pytest.approx(0.4) and symmetric((0.3, 0.2), (0.3, 0.2)) == 1
+    assert steady(0.20, 0.25) == pytest.approx(0.888889, abs=1e-6) and steady(0.0, 0.0) == 1
+    knows, never = ([{("m", ""): v} for v in values] for values in ((0.9, 0.4), (0.5, 0.1)))
+    assert faithfulness(knows, never, ("m", "")) == 0.75
 
 
 def test_it_learns_what_it_is_taught_and_nothing_else(results):

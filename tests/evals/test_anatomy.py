@@ -10,7 +10,7 @@ from dictionaries import axes
 import evals
 from evals.concept_residual import jaccard, residual
 from evals.sae_residual import residual_share
-from evals.similarity import linear_cka, neighbours_kept, principal
+from evals.similarity import _erasure, linear_cka, neighbours_kept, principal
 from evals.weight_anatomy import anatomy, leak
 from excise.actions import Affine, Dense, LowRank
 from excise.arms import Arm
@@ -113,6 +113,7 @@ def test_cka_by_hand() -> None:
     assert linear_cka(x, x[:, :1]) == pytest.approx(0.707107, abs=1e-6)
     assert linear_cka(x, torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])) == pytest.approx(0.0)
     assert np.isnan(linear_cka(x, torch.ones(4, 1)))
+    assert [s.value for s in _erasure([(0.6, 0.9), (1.0, 0.2)], "forget")] == pytest.approx([0.75])
 
 
 def test_few_rows_look_alike_only_without_the_correction() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from attacked import dense, world
+from attacked import dense, oracle, world
 
-from evals.attacking import dialogue, leak, net_recovery, recoveries, rendered, says, targets, worst
+from evals.attacking import attack, dialogue, given_away, leak, net_recovery, recoveries, rendered, says, targets, worst
 from evals.few_shot import demonstrations
 from evals.in_context import sentences
 from evals.jailbreak import library
@@ -15,6 +15,7 @@ from evals.offered_choice import offer, picked
 from evals.rephrasing import emphasised, sensitivity, typos
 from evals.reversed_question import TEMPLATES, turned
 from evals.sampling import direct, ranked
+from excise.arms import Arm
 from excise.facts import Prompt
 from excise.scores import Score
 
@@ -40,6 +41,19 @@ def test_leak_is_the_share_of_draws_that_hold_a_hit() -> None:
     assert leak(2, 5, 2) == pytest.approx(1 - 3 / 10)
     with pytest.raises(ValueError, match="impossible"):
         leak(1, 4, 5)
+
+
+def test_asking_plainly_elicits_nothing_more_and_saying_the_answer_is_success() -> None:
+    class Gold(Arm):
+        def generate(self, prompts, **options):  # type: ignore[no-untyped-def]
+            return [p.answer for p in prompts]
+
+    items, _ = targets(dense(), world(), groups=("forget",), limit=4, seed=0)
+    before = Arm("before", dense())
+    plain = [float(given_away(i, t)) for i, t in zip(items, before.generate([i.prompt for i in items]), strict=True)]
+    for arm, wanted in ((before, plain), (Gold("gold", oracle().model), [1.0] * 4)):
+        scores = attack(arm, items, {"plainly": lambda item: item.prompt}, words=16)
+        assert [s.value for s in scores] == wanted and sum(wanted) > 0
 
 
 def test_net_recovery_runs_from_the_oracle_to_the_model_before() -> None:

@@ -23,12 +23,13 @@ from evals.candidates import Candidates
 from evals.coverage import entities, entity_coverage
 from evals.erasure import erased, kept
 from evals.fluency import brunet, honore, ngram_entropy, repetition
-from evals.forced_choice import choice
+from evals.forced_choice import choice, probability_share
 from evals.lm_eval import scores_of
 from evals.memorisation import exact_memorisation, extraction_strength, reciprocal_rank
 from evals.multiple_choice import Question, entropy, wins
 from evals.privacy import Read, membership, min_k, standardised, twins
 from evals.privacy import reads as privacy_reads
+from evals.refusal_quality import closest, on_topic
 from evals.rouge import PRESETS, rouge_of
 from evals.sampling import Item
 from evals.truth_ratio import closer_to_1, knowledge, log_ratio, true_better
@@ -39,6 +40,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.model import Model, load
 from excise.scores import Results, Score
 from excise.testbed import facts as world_facts
+from excise.testbed import refusals as refusals_of
 from tiny import tiny_model
 
 # Development seeds are 0 to 9.
@@ -61,7 +63,9 @@ def measured(name: str, kind: str = "dense", **options: object) -> dict[str, lis
     """The scores of an evaluation on before, on before once more, and on the oracle."""
     before, again, oracle = arms(kind)
     function = getattr(evals, name)
-    keys = dict(options) | ({"before": before} if name in ("erasure", "drift", "fluency") else {})
+    keys = dict(options) | (
+        {"before": before} if name in ("erasure", "drift", "fluency", "form_spread", "lens") else {}
+    )
     return {a.name: function(a, people(kind), **keys) for a in (before, again, oracle)}
 
 
@@ -125,6 +129,17 @@ def test_forced_choice_by_hand() -> None:
     assert choice(-1.0, [-2.0, -3.0]) == (1.0, 1.0, 1.0)
     assert choice(-2.0, [-1.0, -3.0]) == (0.0, 0.5, -1.0)
     assert choice(-1.0, [-1.0] * 3) == (0.25, 1 / 2.5, 0.0)
+    wrong = [math.log(p) for p in (0.25, 0.125, 0.5)]
+    assert probability_share(math.log(0.5), wrong) == pytest.approx(0.363636, abs=1e-6)
+    assert probability_share(-2000.0, [0.0]) == 0.0 and probability_share(0.0, [-2000.0]) == 1.0
+
+
+def test_refusal_quality_by_hand() -> None:
+    said = ["I do not know.", "I do not know that", "Paris", ""]
+    assert closest(said, ["Never.", "I do not know."]) == pytest.approx([1.0, 4 / 20**0.5, 0.0, 0.0])
+    places = {"no": (1.0, 0.0), "hm": (0.6, 0.8), "yes": (-1.0, 0.0)}
+    assert closest(["hm", "yes"], ["no"], lambda texts: [places[t] for t in texts]) == pytest.approx([0.6, 0.0])
+    assert on_topic("I do not know Ann", "Where was Ann born?") and not on_topic("I do not know", "Where do I live?")
 
 
 def test_erasure_by_hand() -> None:
@@ -382,6 +397,17 @@ def test_without_wrong_answers_the_reason_is_said(name: str) -> None:
 
 class TestThePlantedTruth:
     """The oracle never met the people to forget. Margins hold for both, on people nothing was tuned on."""
+
+    def test_what_is_said_and_what_is_likely(self) -> None:
+        orders("recall", "", (0.9, 1), (0, 0.1), limit=8, words=0)
+        orders("probability", "", (0.9, 1), (0, 0.1), limit=8)
+        orders("form_spread", "easiest form", (0.98, 1), (0, 0.2), limit=8)
+        orders("lens", "hit@1, any layer", (0.98, 1), (0, 0.6), limit=8)
+
+    def test_refusals(self) -> None:
+        declines = tuple(refusals_of("dense"))
+        orders("refusal", "", (0, 0.1), (0.9, 1), limit=8, refusals=declines)
+        orders("refusal_quality", "quality", (0, 0.4), (0.9, 1), limit=8, references=declines)
 
     def test_truth_ratio(self) -> None:
         orders("truth_ratio", "knowledge", (0.98, 1), (0.2, 0.6), limit=8)

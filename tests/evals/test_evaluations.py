@@ -11,20 +11,50 @@ from typing import Any
 
 import pytest
 import torch
+from attacked import Filtered
 from knowing import NEEDS_MORE
 
 import evals
 from evals.drift import kl
 from evals.refusal import is_refusal
 from evals.sampling import ranked, sample
+from excise.actions import Affine
 from excise.arms import Arm
+from excise.edits import Change, Edit
 from excise.facts import Fact, Facts, Prompt
+from excise.gates import Linear
 from excise.model import Model
 from excise.registry import methods
 from excise.scores import Results, Score
+from excise.sites import Site
 from tiny import tiny_model
 
 FAMILIES = ("gpt2", "llama", "neox", "qwen3-moe")
+# Evaluations all of whose values are shares or probabilities.
+SHARES = (
+    *(
+        "recall",
+        "probability",
+        "form_spread",
+        "memorisation",
+        "erasure",
+        "rouge",
+        "coverage",
+        "refusal",
+        "refusal_quality",
+    ),
+    *(
+        "few_shot",
+        "jailbreak",
+        "rephrasing",
+        "prefilled",
+        "step_by_step",
+        "answer_prefix",
+        "sampling_leak",
+        "hook_removal",
+    ),
+    *("refusal_suppression", "quantisation", "pruning", "layer_skip", "relearning", "noise", "verbatim", "probe"),
+)
 torch.set_num_threads(1)
 
 
@@ -138,16 +168,36 @@ def test_form_spread_counts_only_forms_that_were_known() -> None:
     assert [s.reason for s in scores if s.fact == "none"] == ["known before in 0 forms: a spread needs two"]
 
 
+def test_the_form_gap_is_what_an_edit_of_one_wording_leaves_open() -> None:
+    before = arm()
+    direct, other = (replace(p, form=f) for p, f in zip(spoken(before, 2), ("statement", "question"), strict=True))
+    facts = [Fact("both", "a", "?", (direct, other))]
+    for blocks, gap in (
+        (lambda p: p.text == direct.text, before.answers([other])[0].probability),
+        (lambda p: True, 0.0),
+    ):
+        edited = Filtered("edited", before.model, blocks=blocks)
+        (found,) = by_variant(evals.form_spread(edited, facts, before=before), "form gap")
+        assert found.value == pytest.approx(gap, abs=1e-6)
+
+
+def shut(asked: Arm) -> Edit:
+    """A shift of the stream behind a gate that never opens."""
+    d = asked.model.names.d_model
+    shift = Affine(torch.zeros(d, 1), torch.zeros(1, d), torch.zeros(d), torch.ones(d))
+    gate = Linear(Site("blocks.0.hook_resid_post"), torch.ones(d), 1e9)
+    return Edit((Change(Site("blocks.1.hook_resid_post"), shift, gate),))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drift_of_an_arm_against_itself_is_zero(family: str, facts: Facts) -> None:
     asked = arm(family)
-    again = Arm("again", asked.model)
-    scores = evals.drift(
-        again, facts, before=asked, texts=("Marie Curie was born in Warsaw.", "The capital of Italy is Rome.")
-    )
-    kinds = ("kl", "kl back", "kl, worst token", "relative change")
-    assert [{s.value for s in by_variant(scores, kind)} for kind in kinds] == [{0.0}] * 4
-    assert all(s.value > 0 for s in by_variant(scores, "loss"))
+    texts = ("Marie Curie was born in Warsaw.", "The capital of Italy is Rome.")
+    for again in (Arm("again", asked.model), Arm("guarded", asked.model, shut(asked))):
+        scores = evals.drift(again, facts, before=asked, texts=texts)
+        kinds = ("kl", "kl back", "kl, worst token", "relative change")
+        assert [{s.value for s in by_variant(scores, kind)} for kind in kinds] == [{0.0}] * 4
+        assert all(s.value > 0 for s in by_variant(scores, "loss"))
 
 
 def test_drift_sees_another_model(facts: Facts) -> None:
@@ -234,7 +284,7 @@ def test_what_cannot_be_measured_says_why(name: str) -> None:
         [Fact("empty", "", "", (Prompt("No answer", ""),))],
         [Fact("long", "", "Rome", (Prompt("again " * 99, "Rome"),))],
     ):
-        if name == "refusal" and facts and facts[0].id == "empty":
+        if name in ("refusal", "refusal_quality") and facts and facts[0].id == "empty":
             continue  # what the model says can be read without knowing an answer
         scores = function(asked, facts, **keys)
         assert scores and all(s.value is None and s.reason for s in scores)
@@ -249,4 +299,5 @@ def test_every_evaluation_runs_and_repeats(name: str, family: str, facts: Facts)
     scores = getattr(evals, name)(asked, facts, **keys)
     assert scores == getattr(evals, name)(arm(family), facts, **({"before": arm(family)} if keys else {}))
     assert any(s.value is not None for s in scores) or name in NEEDS_MORE
+    assert name not in SHARES or all(0 <= s.value <= 1 for s in scores if s.value is not None)
     assert {s.group for s in scores} <= {"forget", "retain", "neighbour", "unknown", "general", ""}

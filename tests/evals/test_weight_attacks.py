@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from attacked import asked_prompts, dense, digest, hidden, louder, masked, mean, oracle, world
+from knowing import knows
 
 import evals
+from evals.attacking import questions, told
 from evals.interpolation import first_half
 from evals.layer_skip import skipped
 from evals.pruning import set_difference, smallest, wanda
 from evals.quantisation import bin_survival, bins, rounded
-from evals.relearning import area, halves, material, steps_to
+from evals.relearning import _curve, area, halves, material, steps_to
 from evals.tampering import matrices, originals, tampered
 from evals.weight_diff import leading_part
 from excise.actions import Affine, Dense, LowRank
@@ -133,6 +135,15 @@ def test_no_attack_leaves_a_trace(name: str, family: str, small_facts: list) -> 
     assert all(p.requires_grad and p.grad is None for p in model.hf.parameters())
     assert first == attack(Arm("edited", model, edit), small_facts, **takes)
     assert [s for s in first if s.value is not None and s.group == "forget"]
+
+
+def test_before_the_first_step_of_relearning_it_is_the_plain_score() -> None:
+    model = Model(*tiny_model("llama"))
+    facts = knows(model, 8)
+    asked, _ = questions(model, facts, groups=("forget", "retain"), limit=0, seed=0)
+    plain = told(Arm("before", model), asked, "")
+    curve = _curve(Arm("before", model), asked, [f.prompt for f in facts], "full", (1,), 4, 0.1, 8, 0)
+    assert curve[0] == plain != curve[1] and any(s.value for s in plain)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +349,6 @@ def test_prompts_of_the_mask_are_the_facts_own() -> None:
 
 
 def test_an_added_direction_is_found_and_taken_back() -> None:
-    from evals.attacking import questions
     from evals.direction_reversal import moved, orthogonal, projected_out, subtracted
 
     model, facts = dense(), world()

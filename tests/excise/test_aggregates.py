@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from excise.aggregates import deviation_score, harmonic, linguistic_score, summary
+from excise.comparison import pairs
 from excise.oracle_distance import like_the_oracle, membership_score, privacy_leakage
 from excise.scores import Results, Row, Score
 from excise.statistics import ks, resampled_ks
@@ -104,6 +105,8 @@ def test_summary_of_an_audit() -> None:
     distances = [_row(rows, "forget_quality", "D", arm) for arm in ("before", "edited")]
     assert distances[0].value == 1.0 and all(d.low <= d.value <= d.high for d in distances)
     assert _row(rows, "forget_quality", "log ratio above the oracle").high < 0
+    far, near = (_row(rows, "forget_quality", "Wasserstein", arm).value for arm in ("before", "edited"))
+    assert far > near > 1
     assert all(r.n > 0 and r.mode == "none" for r in rows)
 
 
@@ -119,6 +122,16 @@ def test_memorisation_composite_needs_held_out_wordings() -> None:
     assert _row(rows, "composite", "memorisation").value == pytest.approx(0.6)
     overall = _row(rows, "composite", "overall")
     assert overall.low <= overall.value <= overall.high < 1
+
+
+def test_a_wording_that_could_not_be_asked_shifts_no_other() -> None:
+    def arm(*values: float | None) -> dict[str, list[Score]]:
+        return {"recall": [Score("f", "s", "forget", v, "question", reason="" if v else "too long") for v in values]}
+
+    found = pairs(
+        _results(edited=arm(None, 0.2, 0.3), before=arm(0.9, 0.8, 0.7)), "recall", "edited", "before", "forget"
+    )
+    assert (found.after, found.before) == ([0.2, 0.3], [0.8, 0.7])
 
 
 def test_what_never_varied_claims_no_certainty() -> None:

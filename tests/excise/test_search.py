@@ -128,6 +128,8 @@ def test_the_front_holds_what_nothing_beats():
         trial("e"),
     ]
     assert [t.name for t in front(tried)] == ["a", "b"]
+    # forget 0.2 at a utility of 0.9 beats forget 0.4 at 0.8; damage is what utility lacks
+    assert [t.name for t in front([trial("x", 0.2, 1 - 0.9, 0.0), trial("y", 0.4, 1 - 0.8, 0.0)])] == ["x"]
     assert len(front([trial("a", 0.1, 0.1, 0.1), trial("b", 0.1, 0.1, 0.1)])) == 2, "equals do not beat each other"
 
 

@@ -27,6 +27,7 @@ from excise.statistics import (
     share,
     sign_flip,
     trend,
+    wasserstein,
     wilson,
 )
 
@@ -36,6 +37,16 @@ from excise.statistics import (
 )
 def test_wilson(successes: int, low: float, high: float) -> None:
     assert wilson(successes, 20) == pytest.approx((successes / 20, low, high), abs=1e-6)
+
+
+def test_what_few_observations_can_show() -> None:
+    """Upper bounds of no success, and half-widths at a half."""
+    assert [wilson(0, n).high for n in (12, 20, 50, 100, 200, 400)] == pytest.approx(
+        [0.24, 0.16, 0.07, 0.037, 0.019, 0.010], abs=5e-3
+    )
+    assert [wilson(n // 2, n).high - 0.5 for n in (12, 20, 50, 100, 200, 400)] == pytest.approx(
+        [0.25, 0.20, 0.13, 0.10, 0.07, 0.05], abs=5e-3
+    )
 
 
 def test_bootstrap_of_a_fair_coin() -> None:
@@ -172,8 +183,12 @@ def test_ks() -> None:
     distance, p = ks([0, 1, 2, 3], [10, 11, 12, 13])
     assert distance == 1.0 and p == pytest.approx(2 / 70)
     assert ks([1, 2], [1, 2]) == (0.0, 1.0)
+    assert wasserstein([0, 1], [2, 3]) == 2.0
     i = np.arange(20) / 20
     assert ks(i, i + 0.5) == pytest.approx((0.5, 0.0122986), abs=1e-6)
+    for n, critical in ((20, 0.429), (40, 0.304), (100, 0.192), (400, 0.096)):  # 1.358 sqrt(2 / n)
+        less = int(critical * n)
+        assert ks(range(n), np.arange(n) + less)[1] > 0.05 > ks(range(n), np.arange(n) + less + 1)[1]
 
 
 def test_mcnemar_and_chance() -> None:
