@@ -22,6 +22,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.keys import read_keys, write_matrices
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import groups
 from excise.rewriting import mean_of
 from excise.scores import Localization
 from excise.sites import Site
@@ -61,9 +62,7 @@ def concept_ablation(
     that write most on a fact's prompts and not on retain prompts. A vector that spells an answer serves all who share the
     answer. Raises ExciseError when there is nothing to forget, and in a search when an MLP's output passes another norm.
     """
-    facts, kept = list(forget), list(retain)
-    if not facts:
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if how not in HOW or at not in AT:
         raise ValueError(f"how={how!r}, at={at!r}: ways are {', '.join(HOW)}; a search reads at {', '.join(AT)}")
     chosen = _named(model, facts, where, each) if where is not None else {}

@@ -29,7 +29,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.keys import write_matrices
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import thin, view
+from excise.requests import groups, thin, trained, view
 from excise.scores import Localization
 from excise.sites import Site
 from excise.trace import read
@@ -74,9 +74,7 @@ def directional_ablation(
     Directions in `where` are used as they are, together. Raises ExciseError when there is nothing to forget, nobody to
     tell it from, when the directions vanish, or, in weight mode, for blocks that pass a norm before they join the stream.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if mode not in ("weight", "hook") or per not in ("all", "subject"):
         raise ExciseError(f"mode={mode!r}, per={per!r}: choose weight or hook, and all or subject")
     if mode == "weight":
@@ -194,7 +192,7 @@ def writers(model: Model, block: int) -> list[str]:
 
 def _score(model: Model, edit: Edit, facts: Facts, kept: Facts) -> dict[str, float]:
     """What an ablation does: drop of forget and retain answers in nats per token, KL of the first token on retain prompts."""
-    forget, retain = (thin([p for f in fs for p in f.ask(held_out=False)], ASKED) for fs in (facts, kept))
+    forget, retain = (trained(fs, ASKED) for fs in (facts, kept))
     plain, edited = Arm("plain", model), Arm("edited", model, edit)
     before = first_logprobs(model, retain)
     with applied(model, edit):

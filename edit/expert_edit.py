@@ -28,7 +28,7 @@ from excise.mentions import Mention, mentions
 from excise.model import Model
 from excise.redirection import name_aware, name_prompts
 from excise.registry import editor
-from excise.requests import as_texts
+from excise.requests import ordinary_text
 from excise.rewriting import Cost, Names, names_of, wanted_change, write
 from excise.scores import Localization
 from excise.sites import Site
@@ -85,7 +85,7 @@ def expert_edit(
     names = names_of(forget, target="foil", contexts=contexts, prompts=1, seed=seed)
     others = mentions(kept, limit=1)[:READ]
     chosen = _named(where, experts) or _busiest(model, names, others, where, blocks, experts)
-    text = list(texts) if texts is not None else as_texts(kept)
+    text = ordinary_text(texts, kept)
     strangers = name_prompts(names.mentions, others, each=RELATIVES, wordings=WORDINGS, seed=seed + 1)
     if how == "rewrite":
 

@@ -20,11 +20,11 @@ from excise.apply import applied
 from excise.edits import Change, Edit
 from excise.erasure import fit_eraser
 from excise.errors import ExciseError
-from excise.facts import Fact, Facts, Prompt
+from excise.facts import Fact, Prompt
 from excise.model import Model
 from excise.redirection import candidate_blocks
 from excise.registry import editor
-from excise.requests import as_texts, text_states, view
+from excise.requests import groups, ordinary_text, text_states, view
 from excise.scores import Localization
 from excise.sites import Site
 from excise.trace import read
@@ -63,9 +63,7 @@ def leace(
 
     Raises ExciseError when there is nothing to forget, nobody to tell it from, no site in `where`, or an unknown concept.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if concept not in CONCEPTS:
         raise ExciseError(f"concept={concept!r}: choose {' or '.join(CONCEPTS)}")
     seen = view(facts, kept, "subject_last", contexts=contexts, names=0, relatives=relatives, seed=seed)
@@ -73,7 +71,7 @@ def leace(
     classes = list(dict.fromkeys(names))
     told = [m.prompt for m in seen.told]
     others = [[m.prompt for m in seen.others], seen.near]
-    plain = list(texts) if texts is not None else as_texts(kept)
+    plain = ordinary_text(texts, kept)
     blocks = candidate_blocks(model, where, layers)
     edit = Edit((), fingerprints={"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint})
     reports = []

@@ -27,13 +27,13 @@ from excise.edits import Change, Edit
 from excise.encoding import Batch
 from excise.erasure import Eraser, fit_eraser
 from excise.errors import ExciseError
-from excise.facts import Fact, Facts, Prompt
+from excise.facts import Fact, Prompt
 from excise.gates import Linear
 from excise.mentions import Mention
 from excise.model import Model
 from excise.redirection import candidate_blocks
 from excise.registry import editor
-from excise.requests import Spot, View, as_texts, spots_at, thin, view
+from excise.requests import Spot, View, groups, ordinary_text, spots_at, thin, view
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -100,12 +100,10 @@ def lunar(
     Raises ExciseError when there is nothing to forget, nobody to tell it from, a model that does not decline, no place
     where a detector tells them apart, or, in weight mode, a block whose MLP cannot write to the residual stream.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if mode not in ("weight", "hook") or requests not in ("subject", "kind"):
         raise ExciseError(f"mode={mode!r}, requests={requests!r}: choose weight or hook, and subject or kind")
-    hooked, plain = mode == "hook", list(texts) if texts is not None else as_texts(kept)
+    hooked, plain = mode == "hook", ordinary_text(texts, kept)
     draw = dict(contexts=contexts, names=names, relatives=relatives, seed=seed)
     whole = view(facts, kept, "last", **draw)
     if reference:

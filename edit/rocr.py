@@ -40,6 +40,7 @@ from excise.redirection import (
     redirect,
 )
 from excise.registry import editor
+from excise.requests import groups, ordinary_text
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance, Metric, Solution, compress, solve_edit
@@ -107,11 +108,9 @@ def rocr(
     Raises ExciseError when there is nothing to forget, no name to redirect to, no site at the subject's last token in
     `where`, or when the block's MLP cannot write to the residual stream directly.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     told, others = mentions(facts, limit=contexts), mentions(kept, limit=contexts)
-    text = list(texts) if texts is not None else _as_texts(kept)
+    text = ordinary_text(texts, kept)
 
     def near(names: Sequence[Mention]) -> list[Mention]:
         return [*sharing(others, names, limit=protect), *met_in(text, names, limit=protect)]
@@ -159,11 +158,6 @@ def rocr(
         "protected": len(guarded),
     }
     return replace(edit, recipe=recipe)
-
-
-def _as_texts(facts: Facts) -> list[Any]:
-    """Every trained prompt of the facts; plain ones with their answers."""
-    return [p if p.chat else replace(p, text=f"{p.text} {p.answer}.") for f in facts for p in f.ask(held_out=False)]
 
 
 def _best(

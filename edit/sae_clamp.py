@@ -20,6 +20,7 @@ from excise.facts import Fact, Facts
 from excise.gates import Gate
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import groups
 from excise.scores import Localization
 from excise.sites import Site
 from sae.detect import members, quorum_gate, share_gate
@@ -76,12 +77,10 @@ def sae_clamp(
     FingerprintMismatch for a dictionary of another model.
     """
     _options(action, mask, gate)
-    facts = Facts(forget)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     book = of_model(model, dictionary, where)
     asked, owner = _asked(facts)
-    halves = _halves(Facts(retain), texts or ())
+    halves = _halves(kept, texts or ())
     if not halves[0]:
         raise ExciseError("clamping needs text to keep: give retain facts or texts=[...]")
     match = check(book, model, [*asked[:64], *halves[0][:64]], least=explained)

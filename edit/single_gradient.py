@@ -25,7 +25,7 @@ from excise.facts import Fact, Prompt
 from excise.gradients import eligible_matrices, mean_gradients, sweeps
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import thin
+from excise.requests import thin, trained
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -63,7 +63,7 @@ def single_gradient(
     Sites of `where` choose matrices, or, where they name activations, whole blocks; without it all blocks are eligible.
     Raises ExciseError when there is nothing to forget or to keep.
     """
-    asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
+    asked = [trained(facts, limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("gradients are compared: give forget and retain prompts that are not held out")
     if loss not in LOSSES:

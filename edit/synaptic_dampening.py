@@ -27,7 +27,7 @@ from excise.facts import Fact, Prompt
 from excise.gradients import eligible_matrices, mean_gradients, sweeps
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import thin
+from excise.requests import thin, trained
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -76,7 +76,7 @@ def synaptic_dampening(
         raise ValueError(
             f"alpha={alpha}, share={share}, loss={loss!r}: a ratio is not negative, a share at most 1, losses are odds and likelihood"
         )
-    asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
+    asked = [trained(facts, limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("importance is compared: give forget and retain prompts that are not held out")
     eligible = eligible_matrices(model, where)

@@ -1,4 +1,5 @@
-"""What an edit that makes a model decline has to tell apart: names to forget, names to keep, names nobody has.
+"""What an editor is given: the two groups of facts, and ordinary text. And what an edit that makes a model decline has to
+tell apart: names to forget, names to keep, names nobody has.
 
 Every name is read in its wordings at one token: its own last one, or the last of the whole question.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from excise.detector import Crossed, Parts, cross_read, even_cost
 from excise.errors import ExciseError
-from excise.facts import Facts, Prompt
+from excise.facts import Fact, Facts, Prompt
 from excise.keys import read_keys
 from excise.mentions import Mention, fictitious, mentions
 from excise.model import Model
@@ -84,9 +85,24 @@ def thin(items: Sequence[Any], limit: int) -> list[Any]:
     return list(items[:: max(1, -(-len(items) // limit))])
 
 
-def as_texts(facts: Facts) -> list[Prompt]:
-    """Every trained prompt of the facts as ordinary text; plain ones with their answers."""
-    return [p if p.chat else replace(p, text=f"{p.text} {p.answer}.") for f in facts for p in f.ask(held_out=False)]
+def groups(forget: Sequence[Fact], retain: Sequence[Fact]) -> tuple[Facts, Facts]:
+    """What to forget and what to keep. Raises ExciseError when there is nothing to forget."""
+    facts = Facts(forget)
+    if not len(facts):
+        raise ExciseError("nothing to forget: the forget set is empty")
+    return facts, Facts(retain)
+
+
+def trained(facts: Sequence[Fact], limit: int) -> list[Prompt]:
+    """At most `limit` prompts of the facts, evenly taken, held-out ones left out."""
+    return thin([p for f in facts for p in f.ask(held_out=False)], limit)
+
+
+def ordinary_text(texts: Sequence[str] | None, kept: Sequence[Fact]) -> list[Any]:
+    """The given texts; without them every trained prompt of what to keep, plain ones with their answers."""
+    if texts is not None:
+        return list(texts)
+    return [p if p.chat else replace(p, text=f"{p.text} {p.answer}.") for p in Facts(kept).prompts(held_out=False)]
 
 
 def text_states(model: Model, texts: Sequence[Prompt | str], point: str, budget: int) -> Tensor:
@@ -239,13 +255,15 @@ def _split(keys: Parts, sizes: list[int]) -> list[dict[str, Tensor]]:
 
 __all__ = [
     "View",
-    "as_texts",
+    "groups",
     "name_folds",
+    "ordinary_text",
     "questions",
     "read_inputs",
     "text_moments",
     "text_states",
     "thin",
+    "trained",
     "view",
     "wording_folds",
 ]
