@@ -22,7 +22,7 @@ from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
-from excise.gradients import eligible_matrices, mean_gradients, sweeps
+from excise.gradients import both_gradients, eligible_matrices, mean_gradients
 from excise.model import Model
 from excise.registry import editor
 from excise.requests import thin, trained
@@ -68,12 +68,8 @@ def single_gradient(
         raise ExciseError("gradients are compared: give forget and retain prompts that are not held out")
     if loss not in LOSSES:
         raise ValueError(f"no loss {loss!r}; there are {', '.join(LOSSES)}")
-    scores: dict[str, tuple[float, float]] = {}
-    for names in sweeps(model, eligible_matrices(model, where), at_once):
-        up, keep = (mean_gradients(model, prompts, names, odds=loss == "odds") for prompts in asked)
-        for name in names:
-            if name in up and float(up[name].norm()) > 0:
-                scores[name] = alignment(model.weight(name).detach(), up[name], keep.get(name))
+    gradients = both_gradients(model, asked, eligible_matrices(model, where), at_once, odds=loss == "odds")
+    scores = {n: alignment(model.weight(n).detach(), up, keep) for n, up, keep in gradients if float(up.norm()) > 0}
     best = pareto(scores)[:front]
     tried = [_searched(model, name, asked, aim, steps, loss == "odds") for name in best]
     if not tried:

@@ -24,7 +24,7 @@ from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
-from excise.gradients import eligible_matrices, mean_gradients, sweeps
+from excise.gradients import both_gradients, eligible_matrices
 from excise.model import Model
 from excise.registry import editor
 from excise.requests import thin, trained
@@ -80,14 +80,12 @@ def synaptic_dampening(
     if not all(asked):
         raise ExciseError("importance is compared: give forget and retain prompts that are not held out")
     eligible = eligible_matrices(model, where)
-    found: Candidates = {}
-    for names in sweeps(model, eligible, at_once):
-        both = [mean_gradients(model, prompts, names, square=True, odds=loss == "odds") for prompts in asked]
-        for name in names:
-            if all(name in importance for importance in both):
-                found[name] = _candidates(
-                    ratios(*(importance.pop(name) for importance in both)), alpha or LADDER[-1], share
-                )
+    importance = both_gradients(model, asked, eligible, at_once, square=True, odds=loss == "odds")
+    found = {
+        name: _candidates(ratios(forgotten, kept), alpha or LADDER[-1], share)
+        for name, forgotten, kept in importance
+        if kept is not None
+    }
     found = dict(sorted(found.items()))
     if alpha or share:
         edit, tried = _shrunk(model, found, alpha, dampening), list[dict[str, float]]()

@@ -126,6 +126,21 @@ def sweeps(model: Model, names: Sequence[str], most: int) -> list[list[str]]:
     return groups
 
 
+def both_gradients(
+    model: Model, asked: Sequence[Sequence[Prompt]], names: Sequence[str], at_once: int, **options: bool
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Each matrix with its mean gradients on forget and on retain prompts, in sweeps that hold at most `at_once` weights.
+
+    asked: the forget and the retain prompts. options: as in `mean_gradients`. A matrix that no forget prompt reaches is
+    left out; where no retain prompt reaches it the second is None.
+    """
+    for group in sweeps(model, names, at_once):
+        forget, retain = (mean_gradients(model, prompts, group, **options) for prompts in asked)
+        for name in group:
+            if name in forget:
+                yield name, forget.pop(name), retain.pop(name, None)
+
+
 def block_matrices(model: Model, layers: Sequence[int]) -> list[str]:
     """The attention and MLP matrices of some blocks that a gradient is known of: all but routers."""
     return [n for layer in layers for n in model.names.weights(layer) if not n.endswith("W_router")]
@@ -164,6 +179,7 @@ def _asking(x: Tensor) -> Tensor:
 __all__ = [
     "answer_losses",
     "block_matrices",
+    "both_gradients",
     "eligible_matrices",
     "flow",
     "frozen",
