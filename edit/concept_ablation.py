@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from excise.actions import Affine, LowRank, Scale
+from excise.checks import fingerprints, whole_fingerprints
 from excise.edits import Change, Edit
 from excise.encoding import encode_row
 from excise.errors import ExciseError
@@ -80,15 +81,13 @@ def concept_ablation(
             "project": lambda name, units: _projected(model, facts, name, units),
         }[how]
         changes = tuple(Change(Site(name), change(name, chosen[name])) for name in sorted(chosen))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes if c.site.is_weight}
-    if how == "erase":
-        prints["model"] = model.fingerprint
+    prints = whole_fingerprints(model) if how == "erase" else fingerprints(model, changes)
     recipe: dict[str, Any] = {
         "model": model.name,
         "vectors": [f"{name}#{unit}" for name in sorted(chosen) for unit in sorted(chosen[name])],
         "searched": searched,
     }
-    return Edit(changes, recipe, {**prints, "tokenizer": model.tokenizer_fingerprint})
+    return Edit(changes, recipe, prints)
 
 
 HOW = ("zero", "noise", "project", "erase")

@@ -22,6 +22,7 @@ from torch.nn.functional import kl_div
 from excise.actions import Affine, LowRank
 from excise.apply import applied
 from excise.arms import Arm
+from excise.checks import fingerprints, whole_fingerprints
 from excise.declining import first_logprobs
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
@@ -163,7 +164,6 @@ def _candidates(
 def _ablation(model: Model, basis: Tensor, hooked: bool, attn: float, mlp: float) -> Edit:
     """The edit that takes the span of `basis` [k, d] out of everything that blocks write."""
     right = basis.float().contiguous()
-    tokenizer = {"tokenizer": model.tokenizer_fingerprint}
     if hooked:
         zero = torch.zeros(right.shape[1])
         whole = Affine(right.mT.contiguous(), -right, zero, zero)
@@ -174,15 +174,14 @@ def _ablation(model: Model, basis: Tensor, hooked: bool, attn: float, mlp: float
             for p, s in (("hook_attn_out", attn), ("hook_mlp_out", mlp))
         ]
         changes = [Change(Site(p, "all"), whole.scaled(s)) for p, s in points if s]
-        return Edit(tuple(changes), {}, {"model": model.fingerprint, **tokenizer})
+        return Edit(tuple(changes), {}, whole_fingerprints(model))
     changes = []
     for name in (n for b in range(model.n_layers) for n in writers(model, b)):
         share = attn if name.endswith("W_O") else mlp
         left = -share * (model.weight(name).detach().cpu().double() @ basis.mT)
         if share:
             changes.append(Change(Site(name), LowRank(left.float().contiguous(), right)))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-    return Edit(tuple(changes), {}, {**prints, **tokenizer})
+    return Edit(tuple(changes), {}, fingerprints(model, changes))
 
 
 def writers(model: Model, block: int) -> list[str]:

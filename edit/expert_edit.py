@@ -20,6 +20,7 @@ from torch import Tensor
 
 from excise.actions import LowRank, Scale
 from excise.apply import applied
+from excise.checks import fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
@@ -99,8 +100,7 @@ def expert_edit(
         flat = [p for prompts in strangers for p in prompts]
         blocks_of = _by_block(chosen).items()
         edit = Edit(tuple(_steered(model, names, block, own, text, flat, budget, ridge) for block, own in blocks_of))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in edit.changes}
-    edit = replace(edit, fingerprints={**prints, "tokenizer": model.tokenizer_fingerprint})
+    edit = replace(edit, fingerprints=fingerprints(model, edit.changes))
     moved = _routing(model, edit, names, others, chosen)
     return replace(edit, recipe={**edit.recipe, "model": model.name, "chosen": chosen, "routing": moved})
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from excise.apply import applied
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.erasure import fit_eraser
 from excise.errors import ExciseError
@@ -73,7 +74,7 @@ def leace(
     others = [[m.prompt for m in seen.others], seen.near]
     plain = ordinary_text(texts, kept)
     blocks = candidate_blocks(model, where, layers)
-    edit = Edit((), fingerprints={"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint})
+    edit = Edit((), fingerprints=whole_fingerprints(model))
     reports = []
     for block in blocks:
         point = f"blocks.{block}.hook_resid_post"

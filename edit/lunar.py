@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from excise.actions import LowRank
+from excise.checks import fingerprints, whole_fingerprints
 from excise.declining import first_logprobs, least_strengths, log_odds, own_words, refusal_tokens
 from excise.detector import ridge_detector
 from excise.edits import Change, Edit
@@ -301,14 +302,13 @@ def _edit(model: Model, trial: _Trial, hooked: bool, weight: float, recipe: dict
     spot, point = trial.spot, trial.spot.site.point
     shifts = trial.strengths[:, None] * trial.directions
     eraser = trial.eraser or _nothing(shifts.shape[1])
-    tokenizer = {"tokenizer": model.tokenizer_fingerprint}
     if hooked:
         found = ridge_detector(spot.keys, spot.labels, spot.cost, weight=weight)[point].mT.float().contiguous()
         changes = [
             Change(Site(point), eraser.action(shift), Linear(Site(point), detector, HALF, specials=True))
             for shift, detector in zip(shifts, found, strict=True)
         ]
-        return Edit(tuple(changes), recipe, {"model": model.fingerprint, **tokenizer})
+        return Edit(tuple(changes), recipe, whole_fingerprints(model))
     # What to write for each row: its request's shift, and minus what is erased of its state.
     targets = torch.cat([spot.labels, (spot.states.double() - eraser.mean) @ eraser.left], dim=1)
     right = torch.cat([shifts, -eraser.right]).float().contiguous()
@@ -318,5 +318,4 @@ def _edit(model: Model, trial: _Trial, hooked: bool, weight: float, recipe: dict
         for name, left in factors.items()
         if bool(left.any())
     ]
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-    return Edit(tuple(changes), recipe, {**prints, **tokenizer})
+    return Edit(tuple(changes), recipe, fingerprints(model, changes))

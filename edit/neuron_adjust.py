@@ -25,6 +25,7 @@ from torch import Tensor
 
 from excise.actions import Reflect
 from excise.arms import Arm
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.encoding import Batch
 from excise.errors import ExciseError
@@ -120,7 +121,7 @@ def neuron_adjust(
         if tried[-1]["answered"] <= aim * known:
             break
     recipe = {"model": model.name, "detector": report, "answered before": known, "shares tried": tried}
-    return Edit(edit.changes, recipe, {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint})
+    return Edit(edit.changes, recipe, whole_fingerprints(model))
 
 
 def neuron_points(model: Model, layer: int) -> list[str]:

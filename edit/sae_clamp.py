@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from excise.actions import Clamp
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts
@@ -97,8 +98,7 @@ def sae_clamp(
     act = _action(book, chosen, total, action, value, "token" if (gate, mask) == ("none", "all") else mask)
     opened, report = _gate(model, book, gate, chosen, asked, owner, halves, fpr=fpr, window=window)
     recipe = {"model": model.name, **_described(book, match, act, chosen, total, ordinary), "gate": report}
-    prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
-    return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, prints)
+    return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, whole_fingerprints(model))
 
 
 def _described(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from excise.actions import Dense
 from excise.arms import Arm
+from excise.checks import fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
@@ -75,9 +76,8 @@ def single_gradient(
     if not tried:
         raise ExciseError("the forget prompts pull at no matrix: their answers are certain to the last bit")
     change, report = min(tried, key=lambda t: (t[1]["forget"] > aim, -t[1]["retain"], t[1]["forget"]))
-    name = str(change.site)
-    prints = {"tokenizer": model.tokenizer_fingerprint, name: model.matrix_fingerprint(name)}
-    return Edit((change,), {"model": model.name, "front": [r for _, r in tried], "chosen": report["matrix"]}, prints)
+    recipe = {"model": model.name, "front": [r for _, r in tried], "chosen": report["matrix"]}
+    return Edit((change,), recipe, fingerprints(model, [change]))
 
 
 def alignment(weight: Tensor, up: Tensor, keep: Tensor | None) -> tuple[float, float]:

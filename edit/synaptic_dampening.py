@@ -21,6 +21,7 @@ from torch import Tensor
 
 from excise.actions import Sparse
 from excise.arms import Arm
+from excise.checks import fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
@@ -95,14 +96,13 @@ def synaptic_dampening(
         raise ExciseError(
             f"no weight matters more than {alpha or 1:g} times as much for the forget prompts; lower alpha, or give a share"
         )
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in edit.changes}
     recipe = {
         "model": model.name,
         "weights dampened": sum(len(c.action.indices) for c in edit.changes if isinstance(c.action, Sparse)),
         "weights eligible": sum(model.weight(name).numel() for name in eligible),
         "ratios tried": tried,
     }
-    return Edit(edit.changes, recipe, {"tokenizer": model.tokenizer_fingerprint, **prints})
+    return Edit(edit.changes, recipe, fingerprints(model, edit.changes))
 
 
 def ratios(forget: Tensor, retain: Tensor) -> Tensor:

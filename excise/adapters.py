@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from excise.actions import Affine, LowRank, WeightAction
-from excise.apply import check
 from excise.checkpoint import new_folder, record
+from excise.checks import check
 from excise.edits import Change, Edit
 from excise.errors import ExciseError, NotBakeable
 from excise.outline import thin
