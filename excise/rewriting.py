@@ -9,7 +9,7 @@ or nothing is, and names get the state of made-up ones. ROME (arXiv 2202.05262),
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.actions import LowRank
 from excise.apply import applied
-from excise.edits import Change, Edit
+from excise.checks import fingerprints
+from excise.edits import Edit
 from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
@@ -29,7 +29,6 @@ from excise.mentions import Mention, mentions
 from excise.model import Model
 from excise.redirection import candidate_blocks, redirect
 from excise.scores import Localization
-from excise.sites import Site
 from excise.solve import Covariance, Metric, NullSpace, Solution, solve_edit
 from excise.stats import moments
 from excise.trace import patched
@@ -259,8 +258,7 @@ def write(
     """
     point = f"blocks.{blocks[-1]}.hook_resid_post"
     goal = names.mean(_states(model, names, point)) + wanted
-    edit = Edit((), fingerprints={"tokenizer": model.tokenizer_fingerprint})
-    reports = []
+    edit, reports = Edit((), fingerprints=fingerprints(model)), []
     for i, block in enumerate(blocks):
         with applied(model, edit):
             read, states = read_keys(model, names.prompts, [block], points=[point])
@@ -270,9 +268,9 @@ def write(
         if not keys:
             continue
         solution = _solved(names, keys, gap, metrics, mode, ridge)
-        changes = tuple(_changes(solution, gap))
-        prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-        edit = replace(edit, changes=edit.changes + changes, fingerprints={**edit.fingerprints, **prints})
+        # An expert that no name reaches is left alone.
+        changes = edit.changes + solution.changes(idle=not bool(gap.any()))
+        edit = Edit(changes, fingerprints=fingerprints(model, changes))
         reports.append({"block": block, **_report(solution, keys, metrics)})
     return replace(edit, recipe={"model": model.name, "subjects": list(names.names), "solution": reports})
 
@@ -291,20 +289,8 @@ def _solved(
         ) from error
 
 
-def _changes(solution: Solution, gap: Tensor) -> Iterator[Change]:
-    for name, left in solution.left.items():
-        # An expert that no name reaches is left alone.
-        if bool(left.any()) or not bool(gap.any()):
-            yield Change(Site(name), LowRank(left.float().contiguous(), solution.right.float().contiguous()))
-
-
 def _report(solution: Solution, keys: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "rank": solution.rank,
-        "condition": float(solution.condition),
-        "share min": float(solution.share.min()),
-        "share mean": float(solution.share.mean()),
-    }
+    found = solution.report
     spaces = {n: m for n, m in metrics.items() if isinstance(m, NullSpace) and n in keys}
     if spaces:
         free = torch.stack([(m.solve(keys[n]) ** 2).sum(1) for n, m in spaces.items()]).sum(0)
