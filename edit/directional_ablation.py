@@ -87,15 +87,8 @@ def directional_ablation(
         found = _candidates(model, facts, kept, where, per, position, candidates, projected, contexts)
     built = {name: _ablation(model, basis, mode == "hook", attn, mlp) for name, basis in found.items()}
     scores = {name: _score(model, edit, facts, kept) for name, edit in built.items()} if len(built) > 1 else {}
-    within = [n for n, s in scores.items() if s["kl"] <= limit]
-    if scores:
-        name = (
-            max(within, key=lambda n: scores[n]["drop"])
-            if within
-            else max(scores, key=lambda n: scores[n]["drop"] / scores[n]["kl"])
-        )
-    else:
-        (name,) = built
+    within = {n: s for n, s in scores.items() if s["kl"] <= limit}
+    name = _best(scores, within) if scores else next(iter(built))
     recipe = {
         "model": model.name,
         "subjects": facts.subjects,
@@ -105,6 +98,13 @@ def directional_ablation(
         "compared": [{"direction": n, **s} for n, s in scores.items()],
     }
     return replace(built[name], recipe=recipe)
+
+
+def _best(scores: dict[str, dict[str, float]], within: dict[str, dict[str, float]]) -> str:
+    """What forgets most of those within the limit; where all cost more, what forgets most per nat."""
+    if within:
+        return max(within, key=lambda n: within[n]["drop"])
+    return max(scores, key=lambda n: scores[n]["drop"] / scores[n]["kl"])
 
 
 def orthonormal(directions: Tensor) -> Tensor:
@@ -146,19 +146,23 @@ def _candidates(
         prompts = [m.prompt for m in (*seen.told, *seen.others)]
         sites = [Site(f"blocks.{b}.hook_resid_post", at) for b in blocks]
         trace = read(model, prompts, sites)
-        groups = [m.name if per == "subject" else "" for m in seen.told]
+        names = [m.name if per == "subject" else "" for m in seen.told]
         for site in sites:
             told, others = trace[site].double().split([len(seen.told), len(seen.others)])
-            mean = others.mean(0)
-            means = torch.stack([told[[g == name for g in groups]].mean(0) for name in dict.fromkeys(groups)])
-            difference = means - mean
-            if projected:
-                unit = mean / mean.norm().clamp_min(1e-30)
-                difference = difference - (difference @ unit)[:, None] * unit
-            found[str(site)] = orthonormal(difference)
+            found[str(site)] = orthonormal(differences(told, names, others.mean(0), projected=projected))
     if not found:
         raise ExciseError(f"the localization names no site at {' or '.join(wanted)}")
     return found
+
+
+def differences(told: Tensor, names: Sequence[str], mean: Tensor, *, projected: bool) -> Tensor:
+    """The mean of each name's rows of `told` [n, d], less `mean` [d]; with `projected` also without what lies along it."""
+    means = torch.stack([told[[n == name for n in names]].mean(0) for name in dict.fromkeys(names)])
+    difference = means - mean
+    if not projected:
+        return difference
+    unit = mean / mean.norm().clamp_min(1e-30)
+    return difference - (difference @ unit)[:, None] * unit
 
 
 def _ablation(model: Model, basis: Tensor, hooked: bool, attn: float, mlp: float) -> Edit:
