@@ -21,7 +21,7 @@ from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
 from excise.gates import Box, Gate, Linear
-from excise.resampling import auc, wilson
+from excise.intervals import auc, wilson
 from excise.sites import Site
 from excise.streaming import Look, RunningMoments, counted, stream
 

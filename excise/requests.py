@@ -16,11 +16,11 @@ from torch import Tensor
 from excise.detector import Crossed, Parts, cross_read, even_cost
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
+from excise.intervals import auc
 from excise.keys import read_keys
 from excise.mentions import Mention, fictitious, mentions
 from excise.model import Model
 from excise.redirection import name_prompts
-from excise.resampling import auc
 from excise.sites import Site
 from excise.solve import Metric
 from excise.stats import moments
