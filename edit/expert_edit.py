@@ -10,8 +10,7 @@ re-route comes back with the old route.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +30,7 @@ from excise.redirection import name_aware, name_prompts
 from excise.registry import editor
 from excise.requests import ordinary_text
 from excise.rewriting import Cost, Names, names_of, wanted_change, write
+from excise.routers import Look, expert_layers, routed
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance, Metric, solve_edit
@@ -109,7 +109,7 @@ def expert_edit(
 
 
 def _expert_blocks(model: Model) -> list[int]:
-    found = [i for i in range(model.n_layers) if any(".experts." in n for n in model.names.weights(i))]
+    found = expert_layers(model)
     if not found:
         raise ExciseError(f"{model.name} has no experts: it is no Mixture-of-Experts model; use rocr or memit")
     return found
@@ -136,8 +136,8 @@ def _busiest(
     for sign, prompts in ((1.0, names.prompts[:READ]), (-1.0, [m.prompt for m in others])):
         keys = read_keys(model, prompts, wanted)[0] if prompts else {}
         for block in keys.values():
-            routed = {n: k for n, k in block.items() if ".experts." in n}
-            sizes = {n: float((k.to(w.device) @ w).norm(dim=1).sum()) for n, k, w in _weighted(model, routed)}
+            own = {n: k for n, k in block.items() if ".experts." in n}
+            sizes = {n: float((k.to(w.device) @ w).norm(dim=1).sum()) for n, k, w in _weighted(model, own)}
             for name, size in sizes.items():
                 score[name] = score.get(name, 0.0) + sign * size / max(sum(sizes.values()), 1e-30)
     return sorted(score, key=lambda n: -score[n])[:count]
@@ -262,19 +262,16 @@ def routes(model: Model, prompts: Sequence[Prompt]) -> dict[int, Tensor]:
     """The experts chosen at the last token of each subject, by block, [n_prompts, k]."""
     found: dict[int, dict[int, Tensor]] = {block: {} for block in _expert_blocks(model)}
 
-    def hook(block: int, index: list[int], rows: Tensor) -> Callable[..., None]:
-        def look(module: Any, args: Any, output: Any) -> None:
-            picks = output[2].detach().reshape(-1, output[2].shape[-1])[rows.to(output[2].device)].cpu()
+    def keeper(block: int, index: list[int], rows: Tensor) -> Look:
+        def look(logits: Tensor, weights: Tensor, chosen: Tensor) -> None:
+            picks = chosen.detach().reshape(-1, chosen.shape[-1])[rows.to(chosen.device)].cpu()
             found[block].update(zip(index, picks, strict=True))
 
         return look
 
     for index, batch in model.batches(prompts):
         rows = batch.where("subject_last").reshape(-1).nonzero()[:, 0]
-        with torch.no_grad(), ExitStack() as stack:
-            for block in found:
-                router = model.hf.get_submodule(model.names.tap(f"blocks.{block}.mlp.gate.hook_out").module)
-                stack.callback(router.register_forward_hook(hook(block, index, rows)).remove)
+        with torch.no_grad(), routed(model, {block: keeper(block, index, rows) for block in found}):
             model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1)
     return {block: torch.stack([own[i] for i in range(len(prompts))]) for block, own in found.items()}
 
