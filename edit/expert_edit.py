@@ -30,7 +30,7 @@ from excise.redirection import name_aware, name_prompts
 from excise.registry import editor
 from excise.requests import ordinary_text
 from excise.rewriting import Cost, Names, names_of, wanted_change, write
-from excise.routers import Look, expert_layers, routed
+from excise.routers import expert_layers, routes
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance, Metric, solve_edit
@@ -258,22 +258,4 @@ def _overlap(a: Tensor, b: Tensor) -> float:
     return float((a[:, :, None] == b[:, None, :]).any(2).float().mean())
 
 
-def routes(model: Model, prompts: Sequence[Prompt]) -> dict[int, Tensor]:
-    """The experts chosen at the last token of each subject, by block, [n_prompts, k]."""
-    found: dict[int, dict[int, Tensor]] = {block: {} for block in _expert_blocks(model)}
-
-    def keeper(block: int, index: list[int], rows: Tensor) -> Look:
-        def look(logits: Tensor, weights: Tensor, chosen: Tensor) -> None:
-            picks = chosen.detach().reshape(-1, chosen.shape[-1])[rows.to(chosen.device)].cpu()
-            found[block].update(zip(index, picks, strict=True))
-
-        return look
-
-    for index, batch in model.batches(prompts):
-        rows = batch.where("subject_last").reshape(-1).nonzero()[:, 0]
-        with torch.no_grad(), routed(model, {block: keeper(block, index, rows) for block in found}):
-            model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1)
-    return {block: torch.stack([own[i] for i in range(len(prompts))]) for block, own in found.items()}
-
-
-__all__ = ["expert_edit", "routes", "steering"]
+__all__ = ["expert_edit", "steering"]
