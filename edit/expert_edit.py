@@ -29,12 +29,13 @@ from excise.model import Model
 from excise.redirection import name_aware, name_prompts
 from excise.registry import editor
 from excise.requests import ordinary_text
-from excise.rewriting import Cost, Names, names_of, wanted_change, write
+from excise.rewriting import Cost, Names, names_of, write
 from excise.routers import expert_layers, routes
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance, Metric, solve_edit
 from excise.trace import read
+from excise.values import wanted_change
 
 HOW = ("rewrite", "silence", "steer")
 # Names read at most, of each sort, to choose experts and to report the routing.

@@ -16,8 +16,9 @@ from excise.facts import Fact
 from excise.model import Model
 from excise.registry import editor
 from excise.requests import ordinary_text
-from excise.rewriting import names_of, text_cost, wanted_change, window, write
+from excise.rewriting import names_of, text_cost, window, write
 from excise.scores import Localization
+from excise.values import wanted_change
 
 
 @editor
