@@ -33,9 +33,10 @@ from excise.mentions import Mention
 from excise.model import Model
 from excise.redirection import candidate_blocks
 from excise.registry import editor
-from excise.requests import Spot, View, groups, ordinary_text, spots_at, thin, view
+from excise.requests import View, groups, ordinary_text, thin, view
 from excise.scores import Localization
 from excise.sites import Site
+from excise.spots import Spot, spots_at
 
 POSITIONS = ("subject_last", "last")
 # Questions about names to keep that show what is said when nothing is declined.

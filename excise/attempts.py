@@ -15,7 +15,8 @@ from excise.erasure import Eraser, fit_eraser
 from excise.facts import Prompt
 from excise.mentions import Mention
 from excise.model import Model
-from excise.requests import Spot, thin
+from excise.requests import thin
+from excise.spots import Spot
 
 # Questions asked of a place, and at least so many of each request.
 ASKED, FEWEST = 128, 4
