@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from excise.edits import Edit
-from excise.facts import Fact, Facts
+from excise.facts import Fact
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import as_texts
-from excise.rewriting import names_of, text_cost, wanted_change, window, write
+from excise.requests import ordinary_text
+from excise.rewriting import names_of, text_cost, window, write
 from excise.scores import Localization
 from excise.solve import NullSpace
+from excise.values import wanted_change
 
 
 @editor
@@ -64,7 +65,7 @@ def alphaedit(
     names = names_of(forget, target=target, contexts=contexts, prompts=prompts, seed=seed)
     blocks = window(model, where, layers)
     change, report = wanted_change(model, names, retain, blocks[-1], value=value, steps=steps, clamp=clamp, seed=seed)
-    text = list(texts) if texts is not None else as_texts(Facts(retain))
+    text = ordinary_text(texts, retain)
     cost = text_cost(model, text, budget, lambda second: NullSpace(second, energy))
     edit = write(model, names, change, blocks, cost, mode="ridge", ridge=ridge)
     return replace(edit, recipe={**edit.recipe, "search": report})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from excise.actions import Affine, LowRank, Scale
+from excise.checks import fingerprints, whole_fingerprints
 from excise.edits import Change, Edit
 from excise.encoding import encode_row
 from excise.errors import ExciseError
@@ -22,6 +23,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.keys import read_keys, write_matrices
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import groups
 from excise.rewriting import mean_of
 from excise.scores import Localization
 from excise.sites import Site
@@ -61,9 +63,7 @@ def concept_ablation(
     that write most on a fact's prompts and not on retain prompts. A vector that spells an answer serves all who share the
     answer. Raises ExciseError when there is nothing to forget, and in a search when an MLP's output passes another norm.
     """
-    facts, kept = list(forget), list(retain)
-    if not facts:
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if how not in HOW or at not in AT:
         raise ValueError(f"how={how!r}, at={at!r}: ways are {', '.join(HOW)}; a search reads at {', '.join(AT)}")
     chosen = _named(model, facts, where, each) if where is not None else {}
@@ -81,15 +81,13 @@ def concept_ablation(
             "project": lambda name, units: _projected(model, facts, name, units),
         }[how]
         changes = tuple(Change(Site(name), change(name, chosen[name])) for name in sorted(chosen))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes if c.site.is_weight}
-    if how == "erase":
-        prints["model"] = model.fingerprint
+    prints = whole_fingerprints(model) if how == "erase" else fingerprints(model, changes)
     recipe: dict[str, Any] = {
         "model": model.name,
         "vectors": [f"{name}#{unit}" for name in sorted(chosen) for unit in sorted(chosen[name])],
         "searched": searched,
     }
-    return Edit(changes, recipe, {**prints, "tokenizer": model.tokenizer_fingerprint})
+    return Edit(changes, recipe, prints)
 
 
 HOW = ("zero", "noise", "project", "erase")

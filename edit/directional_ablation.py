@@ -22,6 +22,7 @@ from torch.nn.functional import kl_div
 from excise.actions import Affine, LowRank
 from excise.apply import applied
 from excise.arms import Arm
+from excise.checks import fingerprints, whole_fingerprints
 from excise.declining import first_logprobs
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
@@ -29,7 +30,7 @@ from excise.facts import Fact, Facts, Prompt
 from excise.keys import write_matrices
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import thin, view
+from excise.requests import groups, thin, trained, view
 from excise.scores import Localization
 from excise.sites import Site
 from excise.trace import read
@@ -74,9 +75,7 @@ def directional_ablation(
     Directions in `where` are used as they are, together. Raises ExciseError when there is nothing to forget, nobody to
     tell it from, when the directions vanish, or, in weight mode, for blocks that pass a norm before they join the stream.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if mode not in ("weight", "hook") or per not in ("all", "subject"):
         raise ExciseError(f"mode={mode!r}, per={per!r}: choose weight or hook, and all or subject")
     if mode == "weight":
@@ -88,15 +87,8 @@ def directional_ablation(
         found = _candidates(model, facts, kept, where, per, position, candidates, projected, contexts)
     built = {name: _ablation(model, basis, mode == "hook", attn, mlp) for name, basis in found.items()}
     scores = {name: _score(model, edit, facts, kept) for name, edit in built.items()} if len(built) > 1 else {}
-    within = [n for n, s in scores.items() if s["kl"] <= limit]
-    if scores:
-        name = (
-            max(within, key=lambda n: scores[n]["drop"])
-            if within
-            else max(scores, key=lambda n: scores[n]["drop"] / scores[n]["kl"])
-        )
-    else:
-        (name,) = built
+    within = {n: s for n, s in scores.items() if s["kl"] <= limit}
+    name = _best(scores, within) if scores else next(iter(built))
     recipe = {
         "model": model.name,
         "subjects": facts.subjects,
@@ -106,6 +98,13 @@ def directional_ablation(
         "compared": [{"direction": n, **s} for n, s in scores.items()],
     }
     return replace(built[name], recipe=recipe)
+
+
+def _best(scores: dict[str, dict[str, float]], within: dict[str, dict[str, float]]) -> str:
+    """What forgets most of those within the limit; where all cost more, what forgets most per nat."""
+    if within:
+        return max(within, key=lambda n: within[n]["drop"])
+    return max(scores, key=lambda n: scores[n]["drop"] / scores[n]["kl"])
 
 
 def orthonormal(directions: Tensor) -> Tensor:
@@ -147,25 +146,28 @@ def _candidates(
         prompts = [m.prompt for m in (*seen.told, *seen.others)]
         sites = [Site(f"blocks.{b}.hook_resid_post", at) for b in blocks]
         trace = read(model, prompts, sites)
-        groups = [m.name if per == "subject" else "" for m in seen.told]
+        names = [m.name if per == "subject" else "" for m in seen.told]
         for site in sites:
             told, others = trace[site].double().split([len(seen.told), len(seen.others)])
-            mean = others.mean(0)
-            means = torch.stack([told[[g == name for g in groups]].mean(0) for name in dict.fromkeys(groups)])
-            difference = means - mean
-            if projected:
-                unit = mean / mean.norm().clamp_min(1e-30)
-                difference = difference - (difference @ unit)[:, None] * unit
-            found[str(site)] = orthonormal(difference)
+            found[str(site)] = orthonormal(differences(told, names, others.mean(0), projected=projected))
     if not found:
         raise ExciseError(f"the localization names no site at {' or '.join(wanted)}")
     return found
 
 
+def differences(told: Tensor, names: Sequence[str], mean: Tensor, *, projected: bool) -> Tensor:
+    """The mean of each name's rows of `told` [n, d], less `mean` [d]; with `projected` also without what lies along it."""
+    means = torch.stack([told[[n == name for n in names]].mean(0) for name in dict.fromkeys(names)])
+    difference = means - mean
+    if not projected:
+        return difference
+    unit = mean / mean.norm().clamp_min(1e-30)
+    return difference - (difference @ unit)[:, None] * unit
+
+
 def _ablation(model: Model, basis: Tensor, hooked: bool, attn: float, mlp: float) -> Edit:
     """The edit that takes the span of `basis` [k, d] out of everything that blocks write."""
     right = basis.float().contiguous()
-    tokenizer = {"tokenizer": model.tokenizer_fingerprint}
     if hooked:
         zero = torch.zeros(right.shape[1])
         whole = Affine(right.mT.contiguous(), -right, zero, zero)
@@ -176,15 +178,14 @@ def _ablation(model: Model, basis: Tensor, hooked: bool, attn: float, mlp: float
             for p, s in (("hook_attn_out", attn), ("hook_mlp_out", mlp))
         ]
         changes = [Change(Site(p, "all"), whole.scaled(s)) for p, s in points if s]
-        return Edit(tuple(changes), {}, {"model": model.fingerprint, **tokenizer})
+        return Edit(tuple(changes), {}, whole_fingerprints(model))
     changes = []
     for name in (n for b in range(model.n_layers) for n in writers(model, b)):
         share = attn if name.endswith("W_O") else mlp
         left = -share * (model.weight(name).detach().cpu().double() @ basis.mT)
         if share:
             changes.append(Change(Site(name), LowRank(left.float().contiguous(), right)))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-    return Edit(tuple(changes), {}, {**prints, **tokenizer})
+    return Edit(tuple(changes), {}, fingerprints(model, changes))
 
 
 def writers(model: Model, block: int) -> list[str]:
@@ -194,7 +195,7 @@ def writers(model: Model, block: int) -> list[str]:
 
 def _score(model: Model, edit: Edit, facts: Facts, kept: Facts) -> dict[str, float]:
     """What an ablation does: drop of forget and retain answers in nats per token, KL of the first token on retain prompts."""
-    forget, retain = (thin([p for f in fs for p in f.ask(held_out=False)], ASKED) for fs in (facts, kept))
+    forget, retain = (trained(fs, ASKED) for fs in (facts, kept))
     plain, edited = Arm("plain", model), Arm("edited", model, edit)
     before = first_logprobs(model, retain)
     with applied(model, edit):

@@ -10,8 +10,7 @@ re-route comes back with the old route.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from excise.actions import LowRank, Scale
 from excise.apply import applied
+from excise.checks import fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
@@ -28,12 +28,14 @@ from excise.mentions import Mention, mentions
 from excise.model import Model
 from excise.redirection import name_aware, name_prompts
 from excise.registry import editor
-from excise.requests import as_texts
-from excise.rewriting import Cost, Names, names_of, wanted_change, write
+from excise.requests import ordinary_text
+from excise.rewriting import Cost, Names, names_of, write
+from excise.routers import expert_layers, routes
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance, Metric, solve_edit
 from excise.trace import read
+from excise.values import wanted_change
 
 HOW = ("rewrite", "silence", "steer")
 # Names read at most, of each sort, to choose experts and to report the routing.
@@ -85,7 +87,7 @@ def expert_edit(
     names = names_of(forget, target="foil", contexts=contexts, prompts=1, seed=seed)
     others = mentions(kept, limit=1)[:READ]
     chosen = _named(where, experts) or _busiest(model, names, others, where, blocks, experts)
-    text = list(texts) if texts is not None else as_texts(kept)
+    text = ordinary_text(texts, kept)
     strangers = name_prompts(names.mentions, others, each=RELATIVES, wordings=WORDINGS, seed=seed + 1)
     if how == "rewrite":
 
@@ -99,8 +101,7 @@ def expert_edit(
         flat = [p for prompts in strangers for p in prompts]
         blocks_of = _by_block(chosen).items()
         edit = Edit(tuple(_steered(model, names, block, own, text, flat, budget, ridge) for block, own in blocks_of))
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in edit.changes}
-    edit = replace(edit, fingerprints={**prints, "tokenizer": model.tokenizer_fingerprint})
+    edit = replace(edit, fingerprints=fingerprints(model, edit.changes))
     moved = _routing(model, edit, names, others, chosen)
     return replace(edit, recipe={**edit.recipe, "model": model.name, "chosen": chosen, "routing": moved})
 
@@ -109,7 +110,7 @@ def expert_edit(
 
 
 def _expert_blocks(model: Model) -> list[int]:
-    found = [i for i in range(model.n_layers) if any(".experts." in n for n in model.names.weights(i))]
+    found = expert_layers(model)
     if not found:
         raise ExciseError(f"{model.name} has no experts: it is no Mixture-of-Experts model; use rocr or memit")
     return found
@@ -136,8 +137,8 @@ def _busiest(
     for sign, prompts in ((1.0, names.prompts[:READ]), (-1.0, [m.prompt for m in others])):
         keys = read_keys(model, prompts, wanted)[0] if prompts else {}
         for block in keys.values():
-            routed = {n: k for n, k in block.items() if ".experts." in n}
-            sizes = {n: float((k.to(w.device) @ w).norm(dim=1).sum()) for n, k, w in _weighted(model, routed)}
+            own = {n: k for n, k in block.items() if ".experts." in n}
+            sizes = {n: float((k.to(w.device) @ w).norm(dim=1).sum()) for n, k, w in _weighted(model, own)}
             for name, size in sizes.items():
                 score[name] = score.get(name, 0.0) + sign * size / max(sum(sizes.values()), 1e-30)
     return sorted(score, key=lambda n: -score[n])[:count]
@@ -258,25 +259,4 @@ def _overlap(a: Tensor, b: Tensor) -> float:
     return float((a[:, :, None] == b[:, None, :]).any(2).float().mean())
 
 
-def routes(model: Model, prompts: Sequence[Prompt]) -> dict[int, Tensor]:
-    """The experts chosen at the last token of each subject, by block, [n_prompts, k]."""
-    found: dict[int, dict[int, Tensor]] = {block: {} for block in _expert_blocks(model)}
-
-    def hook(block: int, index: list[int], rows: Tensor) -> Callable[..., None]:
-        def look(module: Any, args: Any, output: Any) -> None:
-            picks = output[2].detach().reshape(-1, output[2].shape[-1])[rows.to(output[2].device)].cpu()
-            found[block].update(zip(index, picks, strict=True))
-
-        return look
-
-    for index, batch in model.batches(prompts):
-        rows = batch.where("subject_last").reshape(-1).nonzero()[:, 0]
-        with torch.no_grad(), ExitStack() as stack:
-            for block in found:
-                router = model.hf.get_submodule(model.names.tap(f"blocks.{block}.mlp.gate.hook_out").module)
-                stack.callback(router.register_forward_hook(hook(block, index, rows)).remove)
-            model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1)
-    return {block: torch.stack([own[i] for i in range(len(prompts))]) for block, own in found.items()}
-
-
-__all__ = ["expert_edit", "routes", "steering"]
+__all__ = ["expert_edit", "steering"]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from excise.actions import Abstain
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.encoding import encode_row
 from excise.errors import ExciseError
@@ -59,8 +60,7 @@ def key_space(
     points = [f"blocks.{i}.{point}" for i in thin(layers, candidates)]
     found = detector(model, forget, retain, points, rate=rate, statistic=statistic, limit=limit)
     change = Change(Site("unembed.hook_out"), Abstain(refusal_ids(model, refusal)), found.gate)
-    prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
-    return Edit((change,), {"model": model.name, "detector": found.report}, prints)
+    return Edit((change,), {"model": model.name, "detector": found.report}, whole_fingerprints(model))
 
 
 def refusal_ids(model: Model, refusal: str) -> torch.Tensor:

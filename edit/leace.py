@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from excise.apply import applied
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.erasure import fit_eraser
 from excise.errors import ExciseError
-from excise.facts import Fact, Facts, Prompt
+from excise.facts import Fact
 from excise.model import Model
 from excise.redirection import candidate_blocks
 from excise.registry import editor
-from excise.requests import as_texts, text_states, view
+from excise.requests import View, groups, ordinary_text, text_states, view
 from excise.scores import Localization
 from excise.sites import Site
 from excise.trace import read
@@ -63,58 +64,43 @@ def leace(
 
     Raises ExciseError when there is nothing to forget, nobody to tell it from, no site in `where`, or an unknown concept.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if concept not in CONCEPTS:
         raise ExciseError(f"concept={concept!r}: choose {' or '.join(CONCEPTS)}")
     seen = view(facts, kept, "subject_last", contexts=contexts, names=0, relatives=relatives, seed=seed)
     names = [m.name if concept == "subject" else "" for m in seen.told]
-    classes = list(dict.fromkeys(names))
-    told = [m.prompt for m in seen.told]
-    others = [[m.prompt for m in seen.others], seen.near]
-    plain = list(texts) if texts is not None else as_texts(kept)
-    blocks = candidate_blocks(model, where, layers)
-    edit = Edit((), fingerprints={"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint})
-    reports = []
-    for block in blocks:
+    text = ordinary_text(texts, kept)
+    edit, reports = Edit((), fingerprints=whole_fingerprints(model)), []
+    for block in candidate_blocks(model, where, layers):
         point = f"blocks.{block}.hook_resid_post"
         with applied(model, edit):
-            x, z, weights = _rows(
-                model, point, told, [classes.index(n) for n in names], len(classes), others, plain, budget
-            )
-        eraser = fit_eraser(x, z, weights, shrink=shrink)
+            mine, *rest = _states(model, point, seen, text, budget)
+        x = torch.cat([mine, *rest])
+        eraser = fit_eraser(x, *labelled(names, [len(r) for r in rest]), shrink=shrink)
         change = Change(Site(point, "after_bos"), eraser.action().scaled(strength))
         edit = replace(edit, changes=(*edit.changes, change))
         moved = (eraser(x) - x).norm(dim=1) / x.norm(dim=1).clamp_min(1e-30)
-        reports.append(
-            {
-                "block": block,
-                "rank": eraser.rank,
-                "moved forget": float(moved[: len(told)].mean()),
-                "moved others": float(moved[len(told) :].mean()),
-            }
-        )
+        told, others = (float(part.mean()) for part in (moved[: len(mine)], moved[len(mine) :]))
+        reports.append({"block": block, "rank": eraser.rank, "moved forget": told, "moved others": others})
     recipe = {"model": model.name, "subjects": facts.subjects, "rows": len(x), "blocks": reports}
     return replace(edit, recipe=recipe)
 
 
-def _rows(
-    model: Model,
-    point: str,
-    told: list[Prompt],
-    labels: list[int],
-    classes: int,
-    others: list[list[Prompt]],
-    texts: list[Any],
-    budget: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States [n, d], one-hot labels [n, classes] and weights [n]: the names to forget weigh as much as all the rest."""
+def _states(model: Model, point: str, seen: View, text: list[Any], budget: int) -> list[Tensor]:
+    """States [n, d] of the names to forget, of those to keep, of made-up ones where there are any, and of text."""
     at_name = Site(point, "subject_last")
-    rest = [read(model, prompts, [at_name])[at_name] for prompts in others if prompts]
-    rest += [text_states(model, texts, point, budget)] if texts else []
-    mine = read(model, told, [at_name])[at_name]
-    z = torch.zeros(len(mine) + sum(map(len, rest)), classes)
-    z[torch.arange(len(mine)), torch.tensor(labels)] = 1
-    weights = [torch.full((len(mine),), 1 / len(mine))] + [torch.full((len(r),), 1 / len(r) / len(rest)) for r in rest]
-    return torch.cat([mine, *rest]), z, torch.cat(weights)
+    sorts = ([m.prompt for m in seen.told], [m.prompt for m in seen.others], seen.near)
+    states = [read(model, prompts, [at_name])[at_name] for prompts in sorts if prompts]
+    return states + ([text_states(model, text, point, budget)] if text else [])
+
+
+def labelled(names: Sequence[str], others: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """One-hot labels [n, classes], zero for the others, and weights [n]: the names weigh as much as all the rest.
+
+    names: the class of each row to forget; others: how many rows of each other sort follow, which weigh alike.
+    """
+    classes, mine = list(dict.fromkeys(names)), len(names)
+    z = torch.zeros(mine + sum(others), len(classes))
+    z[torch.arange(mine), torch.tensor([classes.index(n) for n in names])] = 1
+    weights = [torch.full((mine,), 1 / mine)] + [torch.full((n,), 1 / n / len(others)) for n in others]
+    return z, torch.cat(weights)

@@ -12,8 +12,8 @@ measured effect, several requests in one solve, removal before redirection, a ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,29 +21,26 @@ import torch
 from torch import Tensor
 
 from excise.actions import LowRank
-from excise.declining import first_logprobs, least_strengths, log_odds, own_words, refusal_tokens
+from excise.attempts import Attempt, attempts, no_eraser
+from excise.checks import fingerprints, whole_fingerprints
+from excise.declining import first_logprobs, own_words, refusal_tokens
 from excise.detector import ridge_detector
 from excise.edits import Change, Edit
-from excise.encoding import Batch
-from excise.erasure import Eraser, fit_eraser
 from excise.errors import ExciseError
-from excise.facts import Fact, Facts, Prompt
+from excise.facts import Fact, Prompt
 from excise.gates import Linear
 from excise.mentions import Mention
 from excise.model import Model
 from excise.redirection import candidate_blocks
 from excise.registry import editor
-from excise.requests import Spot, View, as_texts, spots_at, thin, view
+from excise.requests import View, groups, ordinary_text, thin, view
 from excise.scores import Localization
 from excise.sites import Site
+from excise.spots import Spot, spots_at
 
 POSITIONS = ("subject_last", "last")
-# Questions asked of a place, and at least so many of each request.
-ASKED, FEWEST = 128, 4
-# A question is declined when that is nine times as likely as answering it.
-DECLINED = 2.2
-# Strengths found on some wordings are raised by this factor, for all others.
-HEADROOM = 1.5
+# Questions about names to keep that show what is said when nothing is declined.
+ASKED = 128
 # Refusals that the model is let say, and their length: a detector must not fire on them.
 SAID, WORDS = 48, 12
 # A gate opens half way between what its detector reads on others (0) and on what is forgotten (1).
@@ -100,61 +97,45 @@ def lunar(
     Raises ExciseError when there is nothing to forget, nobody to tell it from, a model that does not decline, no place
     where a detector tells them apart, or, in weight mode, a block whose MLP cannot write to the residual stream.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     if mode not in ("weight", "hook") or requests not in ("subject", "kind"):
         raise ExciseError(f"mode={mode!r}, requests={requests!r}: choose weight or hook, and subject or kind")
-    hooked, plain = mode == "hook", list(texts) if texts is not None else as_texts(kept)
-    draw = dict(contexts=contexts, names=names, relatives=relatives, seed=seed)
-    whole = view(facts, kept, "last", **draw)
-    if reference:
-        given = [Mention("", m.kind, Prompt(t, "", chat=True)) for m in _one_per_kind(whole.told) for t in reference]
-        whole = replace(whole, made_up=given)
-    tokens, share, whole = _declining(model, whole, refusals)
+    hooked, by_subject = mode == "hook", requests == "subject"
+    look = partial(view, facts, kept, contexts=contexts, names=names, relatives=relatives, seed=seed)
+    tokens, share, whole = _declining(model, _asking(look("last"), reference), refusals)
     if share < declined:
         raise ExciseError(
             f"{model.name} declines {share:.0%} of the reference questions, so it has no refusal to redirect to; give "
             "questions that it declines as `reference`, or lower `declined`"
         )
     said = own_words(model, [m.prompt for m in thin(whole.made_up, SAID)], WORDS)
+    text = [ordinary_text(texts, kept), said]
     spots = []
     for at, blocks in _places(model, where, "last" if reference else position, candidates).items():
-        seen = whole if at == "last" else _only(view(facts, kept, at, **draw), whole)
-        spots += spots_at(model, seen, blocks, requests == "subject", hooked, [plain, said], budget, weight)
-    good = [s for s in spots if s.auroc >= least]
-    if not good:
-        raise ExciseError(
-            f"no detector tells forget questions from others: AUROC {max(s.auroc for s in spots):.3f} at best where "
-            f"{least} is asked for, so others would be declined too; give more wordings or retain facts, or lower `least`"
-        )
-    trials: list[_Trial] = []
-    for spot in sorted(good, key=lambda s: s.confused):
-        # No later spot can do better than decline everything with its own confusion.
-        if trials and max(t.score for t in trials) >= 1 - spot.confused:
-            break
-        asked = _asked(whole.told, spot.requests, requests == "subject")
-        trials.append(_try(model, spot, asked, tokens, remove=remove, strength=strength, sure=sure, hooked=hooked))
-    chosen = max(trials, key=lambda t: t.score)
+        seen = whole if at == "last" else _only(look(at), whole)
+        spots += spots_at(model, seen, blocks, by_subject, hooked, text, budget, weight)
+    options = dict(remove=remove, strength=strength, sure=sure, hooked=hooked)
+    tried = attempts(model, _told_apart(spots, least), whole.told, by_subject, tokens, **options)
+    best = max(tried, key=lambda a: a.score)
     recipe = {
         "model": model.name,
         "subjects": facts.subjects,
-        "place": str(chosen.spot.site),
-        "auroc": chosen.spot.auroc,
-        "strengths": dict(zip(chosen.spot.requests, chosen.strengths.tolist(), strict=True)),
-        "declined when redirected": float(chosen.shares.nanmean()),
+        **_described(best),
         "reference declined": share,
         "refusal tokens": tokens.tolist(),
-        "places": [_row(s, next((t for t in trials if t.spot is s), None)) for s in spots],
+        "places": [_row(s, next((a for a in tried if a.spot is s), None)) for s in spots],
     }
-    return _edit(model, chosen, hooked, weight, recipe)
+    return _edit(model, best, hooked, weight, recipe)
 
 
 # What the model declines
 
 
-def _one_per_kind(told: Sequence[Mention]) -> list[Mention]:
-    return list({m.kind: m for m in told}.values())
+def _asking(whole: View, reference: Sequence[str]) -> View:
+    """The view with the reference, where one is given, in place of questions about made-up names."""
+    kinds = dict.fromkeys(m.kind for m in whole.told)
+    given = [Mention("", kind, Prompt(text, "", chat=True)) for kind in kinds for text in reference]
+    return replace(whole, made_up=given) if reference else whole
 
 
 def _declining(model: Model, whole: View, refusals: Sequence[str]) -> tuple[Tensor, float, View]:
@@ -205,112 +186,45 @@ def _places(model: Model, where: Localization | None, position: str, count: int)
     return {p: sorted(blocks) for p, blocks in places.items() if blocks}
 
 
-# How strongly
-
-
-@dataclass(frozen=True, eq=False)
-class _Trial:
-    """A spot with its redirection: directions [m, d], a strength and a share of declined questions each."""
-
-    spot: Spot
-    directions: Tensor
-    strengths: Tensor
-    shares: Tensor
-    eraser: Eraser | None
-
-    @property
-    def score(self) -> float:
-        """Questions declined minus others that would be taken for them."""
-        return float(self.shares.nanmean()) - self.spot.confused
-
-
-def _asked(told: Sequence[Mention], requests: tuple[str, ...], by_subject: bool) -> list[tuple[int, Prompt]]:
-    """Whole questions with their requests, about as many of each; a request without questions has none."""
-    found = []
-    for i, request in enumerate(requests):
-        mine = [m.prompt for m in told if (m.name if by_subject else m.kind) == request]
-        found += [(i, p) for p in thin(mine, max(FEWEST, ASKED // len(requests)))]
-    return found
-
-
-def _try(
-    model: Model,
-    spot: Spot,
-    asked: list[tuple[int, Prompt]],
-    tokens: Tensor,
-    *,
-    remove: bool,
-    strength: float,
-    sure: float,
-    hooked: bool,
-) -> _Trial:
-    """Redirect the forget questions by hand, each request as strongly as it needs.
-
-    A detector that reads less than 1 on its weakest inputs needs that much more.
-    """
-    eraser = _eraser(spot) if remove else None
-    states = eraser(spot.states) if eraser else spot.states.double()
-    centres = (spot.labels.mT @ states) / spot.labels.sum(0)[:, None]
-    directions = spot.goals.double() - centres
-    owner, m = torch.tensor([i for i, _ in asked]), len(directions)
-
-    def shares(strengths: Tensor) -> Tensor:
-        """Declined share of each request's questions, [m]; NaN where there are none."""
-        change = _redirecting(spot, eraser, (strengths[:, None] * directions)[owner].float())
-        fine = log_odds(first_logprobs(model, [p for _, p in asked], spot.site.point, change), tokens) > DECLINED
-        return torch.bincount(owner, fine.double(), m) / torch.bincount(owner, minlength=m)
-
-    fixed = torch.full((m,), strength, dtype=torch.float64)
-    found, reached = (fixed, shares(fixed)) if strength else least_strengths(shares, m, sure=sure)
-    weakest = 1.0 if hooked or strength else min(1.0, max(0.25, spot.weakest))
-    return _Trial(spot, directions, found * (1.0 if strength else HEADROOM) / weakest, reached, eraser)
-
-
-def _redirecting(spot: Spot, eraser: Eraser | None, shifts: Tensor) -> Callable[[Tensor, Batch, list[int]], Tensor]:
-    """Replaces the state at the spot; shifts: of each prompt, [n, d]."""
-    move = (eraser or _nothing(shifts.shape[1])).action()
-
-    def change(x: Tensor, batch: Batch, index: list[int]) -> Tensor:
-        at = batch.where(spot.site.position).to(x.device)
-        return torch.where(at[..., None], move(x) + shifts[index, None].to(x.device, x.dtype), x)
-
-    return change
-
-
-def _nothing(d: int) -> Eraser:
-    """An eraser of no direction."""
-    return Eraser(*(torch.zeros(s, dtype=torch.float64) for s in ((d, 0), (0, d), (d,))))
-
-
-def _eraser(spot: Spot) -> Eraser:
-    """What tells the names to forget from each other and from those to keep, at equal weight of both sides."""
-    _, name = torch.unique(spot.names, return_inverse=True)
-    n, n0 = len(spot.states), len(spot.other_states)
-    z = torch.cat([torch.nn.functional.one_hot(name), torch.zeros(n0, int(name.max()) + 1, dtype=torch.long)])
-    weights = torch.cat([torch.full((n,), 1 / n), torch.full((n0,), 1 / n0)])
-    return fit_eraser(torch.cat([spot.states, spot.other_states]), z, weights)
-
-
-def _row(spot: Spot, trial: _Trial | None) -> dict[str, Any]:
-    row = {"place": str(spot.site), "auroc": spot.auroc, "confused": spot.confused}
-    return row | ({"declined": float(trial.shares.nanmean())} if trial else {})
+def _told_apart(spots: Sequence[Spot], least: float) -> list[Spot]:
+    """The spots whose detector is good enough."""
+    good = [s for s in spots if s.auroc >= least]
+    if not good:
+        raise ExciseError(
+            f"no detector tells forget questions from others: AUROC {max(s.auroc for s in spots):.3f} at best where "
+            f"{least} is asked for, so others would be declined too; give more wordings or retain facts, or lower `least`"
+        )
+    return good
 
 
 # The edit
 
 
-def _edit(model: Model, trial: _Trial, hooked: bool, weight: float, recipe: dict[str, Any]) -> Edit:
-    spot, point = trial.spot, trial.spot.site.point
-    shifts = trial.strengths[:, None] * trial.directions
-    eraser = trial.eraser or _nothing(shifts.shape[1])
-    tokenizer = {"tokenizer": model.tokenizer_fingerprint}
+def _described(best: Attempt) -> dict[str, Any]:
+    return {
+        "place": str(best.spot.site),
+        "auroc": best.spot.auroc,
+        "strengths": dict(zip(best.spot.requests, best.strengths.tolist(), strict=True)),
+        "declined when redirected": float(best.shares.nanmean()),
+    }
+
+
+def _row(spot: Spot, tried: Attempt | None) -> dict[str, Any]:
+    row = {"place": str(spot.site), "auroc": spot.auroc, "confused": spot.confused}
+    return row | ({"declined": float(tried.shares.nanmean())} if tried else {})
+
+
+def _edit(model: Model, best: Attempt, hooked: bool, weight: float, recipe: dict[str, Any]) -> Edit:
+    spot, point = best.spot, best.spot.site.point
+    shifts = best.strengths[:, None] * best.directions
+    eraser = best.eraser or no_eraser(shifts.shape[1])
     if hooked:
         found = ridge_detector(spot.keys, spot.labels, spot.cost, weight=weight)[point].mT.float().contiguous()
         changes = [
             Change(Site(point), eraser.action(shift), Linear(Site(point), detector, HALF, specials=True))
             for shift, detector in zip(shifts, found, strict=True)
         ]
-        return Edit(tuple(changes), recipe, {"model": model.fingerprint, **tokenizer})
+        return Edit(tuple(changes), recipe, whole_fingerprints(model))
     # What to write for each row: its request's shift, and minus what is erased of its state.
     targets = torch.cat([spot.labels, (spot.states.double() - eraser.mean) @ eraser.left], dim=1)
     right = torch.cat([shifts, -eraser.right]).float().contiguous()
@@ -320,5 +234,4 @@ def _edit(model: Model, trial: _Trial, hooked: bool, weight: float, recipe: dict
         for name, left in factors.items()
         if bool(left.any())
     ]
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-    return Edit(tuple(changes), recipe, {**prints, **tokenizer})
+    return Edit(tuple(changes), recipe, fingerprints(model, changes))

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from excise.edits import Edit
-from excise.facts import Fact, Facts
+from excise.facts import Fact
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import as_texts
-from excise.rewriting import names_of, text_cost, wanted_change, window, write
+from excise.requests import ordinary_text
+from excise.rewriting import names_of, text_cost, window, write
 from excise.scores import Localization
+from excise.values import wanted_change
 
 
 @editor
@@ -60,6 +61,6 @@ def memit(
     names = names_of(forget, target=target, contexts=contexts, prompts=prompts, seed=seed)
     blocks = window(model, where, layers)
     change, report = wanted_change(model, names, retain, blocks[-1], value=value, steps=steps, clamp=clamp, seed=seed)
-    cost = text_cost(model, list(texts) if texts is not None else as_texts(Facts(retain)), budget)
+    cost = text_cost(model, ordinary_text(texts, retain), budget)
     edit = write(model, names, change, blocks, cost, mode="soft", ridge=weight)
     return replace(edit, recipe={**edit.recipe, "search": report})

@@ -16,7 +16,7 @@ but then the same statistics on other neurons often do as well: the gate selects
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from excise.actions import Reflect
 from excise.arms import Arm
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.encoding import Batch
 from excise.errors import ExciseError
-from excise.facts import Fact
+from excise.facts import Fact, Prompt
 from excise.gates import Gate
 from excise.keyspace import by_kind, detector
 from excise.model import Model
@@ -97,30 +98,46 @@ def neuron_adjust(
     look = (list(neurons), watch)
     gate: Gate | None = None
     report: dict[str, Any] = {}
-    margin = 0.0
     if rate < 1:
         points = [f"blocks.{i}.{point}" for i in thin(range(max(layers) + 1), candidates)]
         found = detector(model, forget, retain, points, rate=rate, limit=limit, early=True, beside=[look])
         gate, report = found.gate, found.report
-        # Where the gate is open, forget is likelier than retain to begin with, by the ratio of its two rates.
-        margin = -math.log(report["detected"] / report["bound"])
     else:
         stream(model, [p for kinds in (told, kept) for prompts in kinds.values() for p in prompts], [look])
     first = (gate.site.layer or 0) if gate is not None else 0
     seen = {p: b for p, b in watch.behaviours().items() if neurons[p] >= first}
+    # Where the gate is open, forget is likelier than retain to begin with, by the ratio of its two rates.
+    margin = -math.log(report["detected"] / report["bound"]) if report else 0.0
+
+    def adjusted(part: float) -> Edit:
+        chosen = choose(seen, part, select).items()
+        return Edit(tuple(Change(Site(p, "after_bos"), _reflect(seen[p], u, margin), gate) for p, u in chosen))
+
     asked = thin([p for prompts in told.values() for p in prompts], ASKED)
+    edit, searched = _searched(model, [share] if share else LADDER, adjusted, asked, aim, layers)
+    recipe = {"model": model.name, "detector": report, **searched}
+    return Edit(edit.changes, recipe, whole_fingerprints(model))
+
+
+def _searched(
+    model: Model,
+    shares: Sequence[float],
+    adjusted: Callable[[float], Edit],
+    asked: Sequence[Prompt],
+    aim: float,
+    layers: Sequence[int],
+) -> tuple[Edit, dict[str, Any]]:
+    """The edit of the first share that reaches `aim`, and what each share leaves of the forget answers."""
     known, edit = Arm("before", model).said(asked), Edit(())
     tried: list[dict[str, Any]] = []
-    for part in [share] if share else LADDER:
-        chosen = choose(seen, part, select)
-        made = (Change(Site(p, "after_bos"), _reflect(seen[p], units, margin), gate) for p, units in chosen.items())
-        edit = Edit(tuple(made))
-        by_layer = {str(i): sum(len(u) for p, u in chosen.items() if neurons[p] == i) for i in layers}
-        tried.append({"share": part, "answered": Arm("edited", model, edit).said(asked), "neurons": by_layer})
+    for share in shares:
+        edit = adjusted(share)
+        units = {c.site: len(c.action.units) for c in edit.changes if isinstance(c.action, Reflect)}
+        neurons = {str(i): sum(n for site, n in units.items() if site.layer == i) for i in layers}
+        tried.append({"share": share, "answered": Arm("edited", model, edit).said(asked), "neurons": neurons})
         if tried[-1]["answered"] <= aim * known:
             break
-    recipe = {"model": model.name, "detector": report, "answered before": known, "shares tried": tried}
-    return Edit(edit.changes, recipe, {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint})
+    return edit, {"answered before": known, "shares tried": tried}
 
 
 def neuron_points(model: Model, layer: int) -> list[str]:

@@ -11,38 +11,23 @@ target, block by measured effect, copies at further blocks, experts as one linea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from excise.actions import LowRank
-from excise.apply import applied
-from excise.edits import Change, Edit
+from excise.cutting import Cuts
+from excise.edits import Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts
 from excise.keys import read_keys, write_matrices
 from excise.ledger import Ledger, Request
-from excise.mentions import Mention, mentions, met_in, sharing
+from excise.mentions import mentions
 from excise.model import Model
-from excise.redirection import (
-    Redirection,
-    candidate_blocks,
-    edit_effect,
-    entanglement,
-    name_aware,
-    name_prompts,
-    patch_effect,
-    redirect,
-)
+from excise.redirection import candidate_blocks, edit_effect, name_prompts, patch_effect, redirect
 from excise.registry import editor
+from excise.requests import groups, ordinary_text
 from excise.scores import Localization
-from excise.sites import Site
-from excise.solve import Covariance, Metric, Solution, compress, solve_edit
+from excise.solve import Covariance
 
 # Blocks whose best possible edit comes within this share of the best one's are tried out, ...
 WORTH_TRYING = 0.1
@@ -54,10 +39,6 @@ WORTH_COPYING = 0.25
 ASKED = 128
 # Wordings in which made-up names are read; what stands before a name changes its key little.
 WORDINGS = 2
-# Mentions of retain names that the covariance is told of.
-KNOWN = 1024
-# Relative ridge of the covariance: enough to invert it when text is short.
-FLOOR = 1e-3
 
 
 @editor
@@ -107,47 +88,22 @@ def rocr(
     Raises ExciseError when there is nothing to forget, no name to redirect to, no site at the subject's last token in
     `where`, or when the block's MLP cannot write to the residual stream directly.
     """
-    facts, kept = Facts(forget), Facts(retain)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     told, others = mentions(facts, limit=contexts), mentions(kept, limit=contexts)
-    text = list(texts) if texts is not None else _as_texts(kept)
-
-    def near(names: Sequence[Mention]) -> list[Mention]:
-        return [*sharing(others, names, limit=protect), *met_in(text, names, limit=protect)]
-
-    guarded = near(told)
     redirection = redirect(told, others, target=target, names=names, seed=seed)
     blocks = [b for b in candidate_blocks(model, where, candidates) if b >= layers - 1] or [layers - 1]
     for block in blocks:
         write_matrices(model, block)  # fails before the long part
     strangers = name_prompts(told, others, each=relatives, wordings=WORDINGS, seed=seed + 1)
-    # Made-up names stand for people whom nobody listed; real ones have keys that made-up ones do not have.
-    real = [m.prompt for m in others[:: max(1, len(others) // KNOWN)]]
-    aware = partial(name_aware, model, texts=text, budget=budget, weight=guard, ridge=FLOOR)
-
-    @lru_cache(maxsize=layers)
-    def cost(block: int) -> dict[str, Metric]:
-        return aware(block, names=[*strangers, real])
-
-    def entangled(block: int) -> float:
-        # Under a metric that was not told of these names: that is how a name that nobody listed would fare.
-        judged = guarded or others
-        judged = judged[:: max(1, len(judged) // ASKED)]
-        cost.cache_clear()  # the statistics of one block at a time
-        return entanglement(model, redirection.mentions, judged, block, aware(block, names=strangers))
-
-    @lru_cache
-    def cut(last: int) -> Edit:
-        return _cut(model, redirection, guarded, range(last - layers + 1, last + 1), cost, mode, ridge)
-
+    text = ordinary_text(texts, kept)
+    cuts = Cuts(model, redirection, others, text, strangers, layers, protect, guard, budget, mode, ridge)
     book = _opened(model, ledger, layers) if ledger else None
-    edit, compared = (Edit(()), []) if book else _best(model, redirection, facts, blocks, entangled, cut)
+    edit, compared = (Edit(()), []) if book else _best(cuts, facts, blocks)
     if not ledger:
-        edit = _copied(edit, compared, cut, copies - 1, layers)
+        edit = _copied(cuts, edit, compared, copies - 1)
     else:
-        book = book or _blank(model, edit, cost, mode, ridge)
-        book = book.add(*_requests(model, redirection, near, book))
+        book = book or _blank(cuts, edit)
+        book = book.add(*_requests(cuts, book))
         book.save(ledger)
         edit = book.edit()
     recipe = {
@@ -156,50 +112,36 @@ def rocr(
         "blocks compared": compared,
         **edit.recipe,
         "columns": len(told),
-        "protected": len(guarded),
+        "protected": len(cuts.guarded),
     }
     return replace(edit, recipe=recipe)
 
 
-def _as_texts(facts: Facts) -> list[Any]:
-    """Every trained prompt of the facts; plain ones with their answers."""
-    return [p if p.chat else replace(p, text=f"{p.text} {p.answer}.") for f in facts for p in f.ask(held_out=False)]
-
-
-def _best(
-    model: Model,
-    redirection: Redirection,
-    facts: Facts,
-    blocks: Sequence[int],
-    entangled: Callable[[int], float],
-    cut: Callable[[int], Edit],
-) -> tuple[Edit, list[dict[str, float]]]:
+def _best(cuts: Cuts, facts: Facts, blocks: Sequence[int]) -> tuple[Edit, list[dict[str, float]]]:
     """The edit that ends at the best block: of those whose edits silence the answers, the one least entangled with others.
 
     A block is tried out, not only patched: how much of the target state its keys let through is part of the effect.
     """
     if len(blocks) == 1:
-        return cut(blocks[0]), []
-    names = {m.name for m in redirection.mentions}
+        return cuts.edit(blocks[0]), []
+    names = {m.name for m in cuts.redirection.mentions}
     asked = [p for p in facts.prompts(held_out=False) if p.subject in names and p.form != "choice"]
     asked = asked[:: max(1, len(asked) // ASKED)]
     compared: list[dict[str, float]] = [
-        {"block": block, "patched": patch_effect(model, redirection, asked, block)} for block in blocks
+        {"block": block, "patched": patch_effect(cuts.model, cuts.redirection, asked, block)} for block in blocks
     ]
     tried: list[tuple[dict[str, float], Edit]] = []
     for row in _near_best(compared, "patched", WORTH_TRYING):
         block = int(row["block"])
-        row["entanglement"] = entangled(block)
-        tried.append((row, cut(block)))
-        row["effect"] = edit_effect(model, tried[-1][1], asked)
+        row["entanglement"] = cuts.entanglement(block)
+        tried.append((row, cuts.edit(block)))
+        row["effect"] = edit_effect(cuts.model, tried[-1][1], asked)
     good = _near_best([row for row, _ in tried], "effect", AS_GOOD)
     best = min(good, key=lambda row: row["entanglement"])
     return next(edit for row, edit in tried if row is best), compared
 
 
-def _copied(
-    edit: Edit, compared: Sequence[dict[str, float]], cut: Callable[[int], Edit], more: int, layers: int
-) -> Edit:
+def _copied(cuts: Cuts, edit: Edit, compared: Sequence[dict[str, float]], more: int) -> Edit:
     """The edit with the same change once more at the next best blocks, the least entangled first, each as if it were alone.
 
     Where the first change is met, what later blocks read is the target already, which their own columns leave alone.
@@ -207,8 +149,8 @@ def _copied(
     good = _near_best(compared, "patched", WORTH_COPYING) if compared else []
     for row in sorted(good, key=lambda row: ("effect" not in row, row.get("entanglement", -row["patched"]))):
         taken, last = [int(r["block"]) for r in edit.recipe["solution"]], int(row["block"])
-        if more > 0 and not any(last - layers < block <= last for block in taken):
-            copy = cut(last)
+        if more > 0 and not any(last - cuts.layers < block <= last for block in taken):
+            copy = cuts.edit(last)
             solution = [*edit.recipe["solution"], *copy.recipe["solution"]]
             prints = {**edit.fingerprints, **copy.fingerprints}
             edit, more = Edit(edit.changes + copy.changes, {"solution": solution}, prints), more - 1
@@ -218,77 +160,6 @@ def _copied(
 def _near_best(rows: Sequence[dict[str, float]], key: str, share: float) -> list[dict[str, float]]:
     best = max(row[key] for row in rows)
     return [row for row in rows if row[key] >= best - share * abs(best)]
-
-
-def _cut(
-    model: Model,
-    redirection: Redirection,
-    guarded: Sequence[Mention],
-    blocks: Sequence[int],
-    cost: Callable[[int], dict[str, Metric]],
-    mode: str,
-    ridge: float,
-) -> Edit:
-    """The edit of consecutive blocks, each solved with the earlier ones' changes in force."""
-    edit = Edit((), fingerprints={"tokenizer": model.tokenizer_fingerprint})
-    reports = []
-    for i, block in enumerate(blocks):
-        changes, report = _one_block(
-            model, edit, block, blocks[-1], len(blocks) - i, redirection, guarded, cost(block), mode, ridge
-        )
-        prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-        edit = replace(edit, changes=edit.changes + changes, fingerprints={**edit.fingerprints, **prints})
-        reports.append(report)
-    return replace(edit, recipe={"solution": reports})
-
-
-def _one_block(
-    model: Model,
-    so_far: Edit,
-    block: int,
-    last: int,
-    remaining: int,
-    redirection: Redirection,
-    guarded: Sequence[Mention],
-    metrics: Mapping[str, Metric],
-    mode: str,
-    ridge: float,
-) -> tuple[tuple[Change, ...], dict[str, Any]]:
-    """Changes of one block, with all earlier blocks' changes in force; it writes 1/remaining of the open gap."""
-    point = f"blocks.{last}.hook_resid_post"
-    targets = redirection.targets(model, point)
-    with applied(model, so_far):
-        keys, states = read_keys(model, redirection.prompts, [block], points=[point])
-        kept = read_keys(model, [m.prompt for m in guarded], [block])[0][block] if guarded else {}
-    gap = (targets - states[point]) / remaining
-    parts = {name: k for name, k in keys[block].items() if name in metrics}
-    walls = {name: kept.get(name, torch.zeros(len(guarded), k.shape[1])) for name, k in parts.items()}
-    solution = solve_edit(parts, gap, metrics, protect=_thin(walls) if guarded else None, mode=mode, ridge=ridge)
-    changes = tuple(
-        Change(Site(name), LowRank(left.float().contiguous(), solution.right.float().contiguous()))
-        for name, left in solution.left.items()
-        if bool(left.any()) or not bool(gap.any())
-    )
-    return changes, _report(block, solution)
-
-
-def _thin(walls: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Protected columns with near-copies merged, jointly over the blocks."""
-    names = list(walls)
-    joint = compress(torch.cat([walls[n] for n in names], dim=1), tolerance=1e-3)
-    return dict(zip(names, joint.split([walls[n].shape[1] for n in names], dim=1), strict=True))
-
-
-def _report(block: int, solution: Solution) -> dict[str, Any]:
-    share, leak = solution.share, solution.leak
-    return {
-        "block": block,
-        "rank": solution.rank,
-        "condition": float(solution.condition),
-        "share min": float(share.min()),
-        "share mean": float(share.mean()),
-        "leak max": float(leak.max()) if len(leak) else 0.0,
-    }
 
 
 def _opened(model: Model, path: str, layers: int) -> Ledger | None:
@@ -304,24 +175,23 @@ def _opened(model: Model, path: str, layers: int) -> Ledger | None:
     return book
 
 
-def _blank(model: Model, first: Edit, cost: Callable[[int], dict[str, Metric]], mode: str, ridge: float) -> Ledger:
+def _blank(cuts: Cuts, first: Edit) -> Ledger:
     """A ledger without requests, for the block that the first edit was made at."""
     block = int(first.recipe["solution"][0]["block"])
-    metrics = {name: metric for name, metric in cost(block).items() if isinstance(metric, Covariance)}
+    metrics = {name: metric for name, metric in cuts.metrics(block).items() if isinstance(metric, Covariance)}
+    model = cuts.model
     prints = {"tokenizer": model.tokenizer_fingerprint} | {n: model.matrix_fingerprint(n) for n in metrics}
-    return Ledger(metrics, prints, {"model": model.name, "block": block}, mode, ridge)
+    return Ledger(metrics, prints, {"model": model.name, "block": block}, cuts.mode, cuts.ridge)
 
 
-def _requests(
-    model: Model, redirection: Redirection, near: Callable[[Sequence[Mention]], list[Mention]], book: Ledger
-) -> list[Request]:
+def _requests(cuts: Cuts, book: Ledger) -> list[Request]:
     """One request per name: its keys at the ledger's block, what they are to gain, and the name-sharers to hold."""
-    block, told = int(book.recipe["block"]), redirection.mentions
+    model, block, told = cuts.model, int(book.recipe["block"]), cuts.redirection.mentions
     point = f"blocks.{block}.hook_resid_post"
-    keys, states = read_keys(model, redirection.prompts, [block], points=[point])
-    gap = redirection.targets(model, point) - states[point]
+    keys, states = read_keys(model, cuts.redirection.prompts, [block], points=[point])
+    gap = cuts.redirection.targets(model, point) - states[point]
     mine = {name: [i for i, m in enumerate(told) if m.name == name] for name in dict.fromkeys(m.name for m in told)}
-    guarded = {name: near([told[i] for i in rows]) for name, rows in mine.items()}
+    guarded = {name: cuts.near([told[i] for i in rows]) for name, rows in mine.items()}
     walls = list(dict.fromkeys(m.prompt for found in guarded.values() for m in found))
     at = {prompt: i for i, prompt in enumerate(walls)}
     held = read_keys(model, walls, [block])[0][block] if walls else {}

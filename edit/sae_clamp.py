@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from excise.actions import Clamp
+from excise.checks import whole_fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts
 from excise.gates import Gate
 from excise.model import Model
 from excise.registry import editor
+from excise.requests import groups
 from excise.scores import Localization
 from excise.sites import Site
 from sae.detect import members, quorum_gate, share_gate
@@ -76,12 +78,10 @@ def sae_clamp(
     FingerprintMismatch for a dictionary of another model.
     """
     _options(action, mask, gate)
-    facts = Facts(forget)
-    if not len(facts):
-        raise ExciseError("nothing to forget: the forget set is empty")
+    facts, kept = groups(forget, retain)
     book = of_model(model, dictionary, where)
     asked, owner = _asked(facts)
-    halves = _halves(Facts(retain), texts or ())
+    halves = _halves(kept, texts or ())
     if not halves[0]:
         raise ExciseError("clamping needs text to keep: give retain facts or texts=[...]")
     match = check(book, model, [*asked[:64], *halves[0][:64]], least=explained)
@@ -98,8 +98,7 @@ def sae_clamp(
     act = _action(book, chosen, total, action, value, "token" if (gate, mask) == ("none", "all") else mask)
     opened, report = _gate(model, book, gate, chosen, asked, owner, halves, fpr=fpr, window=window)
     recipe = {"model": model.name, **_described(book, match, act, chosen, total, ordinary), "gate": report}
-    prints = {"model": model.fingerprint, "tokenizer": model.tokenizer_fingerprint}
-    return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, prints)
+    return Edit((Change(Site(book.hook, "after_bos"), act, opened),), recipe, whole_fingerprints(model))
 
 
 def _described(

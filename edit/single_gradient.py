@@ -19,13 +19,14 @@ from torch import Tensor
 
 from excise.actions import Dense
 from excise.arms import Arm
+from excise.checks import fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
-from excise.gradients import eligible_matrices, mean_gradients, sweeps
+from excise.gradients import both_gradients, eligible_matrices, mean_gradients
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import thin
+from excise.requests import thin, trained
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -63,25 +64,20 @@ def single_gradient(
     Sites of `where` choose matrices, or, where they name activations, whole blocks; without it all blocks are eligible.
     Raises ExciseError when there is nothing to forget or to keep.
     """
-    asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
+    asked = [trained(facts, limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("gradients are compared: give forget and retain prompts that are not held out")
     if loss not in LOSSES:
         raise ValueError(f"no loss {loss!r}; there are {', '.join(LOSSES)}")
-    scores: dict[str, tuple[float, float]] = {}
-    for names in sweeps(model, eligible_matrices(model, where), at_once):
-        up, keep = (mean_gradients(model, prompts, names, odds=loss == "odds") for prompts in asked)
-        for name in names:
-            if name in up and float(up[name].norm()) > 0:
-                scores[name] = alignment(model.weight(name).detach(), up[name], keep.get(name))
+    gradients = both_gradients(model, asked, eligible_matrices(model, where), at_once, odds=loss == "odds")
+    scores = {n: alignment(model.weight(n).detach(), up, keep) for n, up, keep in gradients if float(up.norm()) > 0}
     best = pareto(scores)[:front]
     tried = [_searched(model, name, asked, aim, steps, loss == "odds") for name in best]
     if not tried:
         raise ExciseError("the forget prompts pull at no matrix: their answers are certain to the last bit")
     change, report = min(tried, key=lambda t: (t[1]["forget"] > aim, -t[1]["retain"], t[1]["forget"]))
-    name = str(change.site)
-    prints = {"tokenizer": model.tokenizer_fingerprint, name: model.matrix_fingerprint(name)}
-    return Edit((change,), {"model": model.name, "front": [r for _, r in tried], "chosen": report["matrix"]}, prints)
+    recipe = {"model": model.name, "front": [r for _, r in tried], "chosen": report["matrix"]}
+    return Edit((change,), recipe, fingerprints(model, [change]))
 
 
 def alignment(weight: Tensor, up: Tensor, keep: Tensor | None) -> tuple[float, float]:

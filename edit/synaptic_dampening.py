@@ -21,13 +21,14 @@ from torch import Tensor
 
 from excise.actions import Sparse
 from excise.arms import Arm
+from excise.checks import fingerprints
 from excise.edits import Change, Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
-from excise.gradients import eligible_matrices, mean_gradients, sweeps
+from excise.gradients import both_gradients, eligible_matrices
 from excise.model import Model
 from excise.registry import editor
-from excise.requests import thin
+from excise.requests import thin, trained
 from excise.scores import Localization
 from excise.sites import Site
 
@@ -76,18 +77,16 @@ def synaptic_dampening(
         raise ValueError(
             f"alpha={alpha}, share={share}, loss={loss!r}: a ratio is not negative, a share at most 1, losses are odds and likelihood"
         )
-    asked = [thin([p for f in facts for p in f.ask(held_out=False)], limit) for facts in (forget, retain)]
+    asked = [trained(facts, limit) for facts in (forget, retain)]
     if not all(asked):
         raise ExciseError("importance is compared: give forget and retain prompts that are not held out")
     eligible = eligible_matrices(model, where)
-    found: Candidates = {}
-    for names in sweeps(model, eligible, at_once):
-        both = [mean_gradients(model, prompts, names, square=True, odds=loss == "odds") for prompts in asked]
-        for name in names:
-            if all(name in importance for importance in both):
-                found[name] = _candidates(
-                    ratios(*(importance.pop(name) for importance in both)), alpha or LADDER[-1], share
-                )
+    importance = both_gradients(model, asked, eligible, at_once, square=True, odds=loss == "odds")
+    found = {
+        name: _candidates(ratios(forgotten, kept), alpha or LADDER[-1], share)
+        for name, forgotten, kept in importance
+        if kept is not None
+    }
     found = dict(sorted(found.items()))
     if alpha or share:
         edit, tried = _shrunk(model, found, alpha, dampening), list[dict[str, float]]()
@@ -97,14 +96,13 @@ def synaptic_dampening(
         raise ExciseError(
             f"no weight matters more than {alpha or 1:g} times as much for the forget prompts; lower alpha, or give a share"
         )
-    prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in edit.changes}
     recipe = {
         "model": model.name,
         "weights dampened": sum(len(c.action.indices) for c in edit.changes if isinstance(c.action, Sparse)),
         "weights eligible": sum(model.weight(name).numel() for name in eligible),
         "ratios tried": tried,
     }
-    return Edit(edit.changes, recipe, {"tokenizer": model.tokenizer_fingerprint, **prints})
+    return Edit(edit.changes, recipe, fingerprints(model, edit.changes))
 
 
 def ratios(forget: Tensor, retain: Tensor) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from evals.router_shift import expert_layers, refusal
+from evals.router_shift import refusal
 from evals.sampling import Item, direct, measurable, nothing
 from evals.shares import SMALLEST
 from evals.weight_anatomy import changed
@@ -18,6 +17,7 @@ from excise.facts import Fact
 from excise.gradients import answer_losses
 from excise.model import Model
 from excise.registry import evaluation
+from excise.routers import expert_layers, routed
 from excise.scores import Score
 
 # (block, expert); expert -1 is the router.
@@ -122,22 +122,15 @@ def _forced(model: Model, layer: int, expert: int, items: Sequence[Item]) -> Ten
         return _means(model, items)
 
 
-@contextmanager
-def forced(model: Model, layer: int, expert: int) -> Iterator[None]:
-    """Inside, every token of a block goes to one expert, with the weight that all its experts had together."""
+def forced(model: Model, layer: int, expert: int) -> AbstractContextManager[None]:
+    """A context in which every token of a block goes to one expert, with the weight that all its experts had together."""
 
-    def hook(_: Any, __: Any, output: Any) -> Any:
-        logits, weights, chosen = output
+    def look(logits: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         new, index = torch.zeros_like(weights), chosen.clone()
         new[..., 0], index[..., 0] = weights.sum(-1), expert
-        return logits, new, index
+        return new, index
 
-    router = model.hf.get_submodule(model.names.tap(f"blocks.{layer}.mlp.gate.hook_out").module)
-    handle = router.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return routed(model, {layer: look})
 
 
 def _answers(model: Model, arm: Arm, items: Sequence[Item]) -> Tensor:

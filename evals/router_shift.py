@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from evals.lens import kin
 from evals.sampling import Item, direct, measurable, nothing
 from excise.arms import Arm
 from excise.facts import Fact
-from excise.model import Model
 from excise.registry import evaluation
+from excise.routers import expert_layers, routed
 from excise.scores import Score
 
 DENSE = "a dense model: it routes nothing"
@@ -83,11 +83,6 @@ def entropy(counts: Tensor) -> Tensor:
     return -torch.where(p > 0, p * p.clamp_min(1e-300).log2(), torch.zeros_like(p)).sum(-1)
 
 
-def expert_layers(model: Model) -> list[int]:
-    """Blocks with routed experts."""
-    return [i for i in range(model.n_layers) if any(".experts." in n for n in model.names.weights(i))]
-
-
 def refusal(arm: Arm, before: Arm) -> str:
     """Why routing cannot be compared; "" when it can."""
     if not expert_layers(arm.model):
@@ -102,27 +97,21 @@ def routing(arm: Arm, items: Sequence[Item]) -> Routing:
     found = {layer: tuple(torch.zeros(n, experts, dtype=torch.float64) for _ in range(2)) for layer in layers}
     with arm.running(), torch.no_grad():
         for index, batch in model.batches([i.prompt for i in items], answers=True):
-            where = real_tokens(batch).cpu()
-
-            def look(layer: int, output: tuple[Tensor, Tensor, Tensor], where: Tensor = where, index: list[int] = index) -> None:  # fmt: skip
-                logits, _, chosen = output
-                odds = logits.detach().double().softmax(-1).view(*where.shape, -1).cpu()
-                picks = (
-                    torch.zeros_like(odds).flatten(0, 1).scatter_(1, chosen.detach().cpu().long(), 1.0).view_as(odds)
-                )
-                counted = where[..., None].double()
-                found[layer][0][index] = (odds * counted).sum(1) / counted.sum(1)
-                found[layer][1][index] = (picks * counted).sum(1)
-
-            with ExitStack() as stack:
-                for layer in layers:
-                    path = model.names.tap(f"blocks.{layer}.mlp.gate.hook_out").module
-                    hook = model.hf.get_submodule(path).register_forward_hook(
-                        lambda _, __, output, layer=layer, look=look: look(layer, output)
-                    )
-                    stack.callback(hook.remove)
+            real = real_tokens(batch).cpu()
+            with routed(model, {layer: partial(_add, into, index, real) for layer, into in found.items()}):
                 model.hf(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, logits_to_keep=1)
     return {layer: (a, b) for layer, (a, b) in found.items()}
+
+
+def _add(
+    into: tuple[Tensor, ...], rows: list[int], real: Tensor, logits: Tensor, weights: Tensor, chosen: Tensor
+) -> None:
+    """Put in mean probabilities and counts of choices over the real tokens of some rows; real: [n_rows, width]."""
+    odds = logits.detach().double().softmax(-1).view(*real.shape, -1).cpu()
+    picks = torch.zeros_like(odds).flatten(0, 1).scatter_(1, chosen.detach().cpu().long(), 1.0).view_as(odds)
+    counted = real[..., None].double()
+    into[0][rows] = (odds * counted).sum(1) / counted.sum(1)
+    into[1][rows] = (picks * counted).sum(1)
 
 
 def _relative(p: Tensor, q: Tensor) -> Tensor:

@@ -20,62 +20,18 @@ from torch import Tensor
 from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
-from excise.gates import Box, Gate, Linear
-from excise.resampling import auc, wilson
-from excise.sites import Site
+from excise.gates import Gate
+from excise.intervals import auc, wilson
+from excise.regions import STATISTICS, Regions, fit_regions
 from excise.streaming import Look, RunningMoments, counted, stream
 
 if TYPE_CHECKING:
     from excise.model import Model
 
-STATISTICS = ("linear", "count", "extent")
 # Every so many forget prompts of a region are kept to measure detection; regions with fewer are measured on themselves.
 HELD_BACK = 4
 # Share of forget prompts that may be missed when the threshold moves away from the retain prompts.
 MISSED = 0.05
-# Spreads below this share of the median spread would make boxes infinitely thin.
-THIN = 1e-3
-# Ridge of the linear read-out, relative to the mean variance.
-RIDGE = 1e-2
-# Spreads that the boxes of "count" reach to either side.
-REACH = 2.0
-
-
-@dataclass(frozen=True)
-class Regions:
-    """Where forget prompts lie at one point, and how a token is scored: more means more like them.
-
-    centres: [n, d], one per region; spread: [d], within regions. direction [d, n] and offset [n]: a linear read-out per
-    region that is 1 at its centre and 0 at the mean of ordinary tokens; only the statistic "linear" has them.
-    """
-
-    point: str
-    statistic: str
-    centres: Tensor
-    spread: Tensor
-    direction: Tensor | None = None
-    offset: Tensor | None = None
-
-    def score(self, x: Tensor) -> Tensor:
-        """[...] from x [..., d]: the linear read-out; the share of coordinates inside; or minus the extent of the box."""
-        if self.direction is not None and self.offset is not None:
-            return (x.float() @ self.direction.to(x.device) - self.offset.to(x.device)).amax(-1)
-        if self.statistic == "count":
-            return self._box(REACH, 0.0).inside(x)
-        centres, spread = self.centres.to(x.device), self.spread.to(x.device)
-        return -torch.stack([((x.float() - c) / spread).abs().amax(-1) for c in centres]).amin(0)
-
-    def gate(self, threshold: float) -> Gate:
-        """Opens, and stays open for the rest of the sequence, where the score exceeds `threshold`."""
-        if self.direction is not None and self.offset is not None:
-            return Linear(Site(self.point), self.direction, self.offset + threshold, "sequence", specials=True)
-        if self.statistic == "count":
-            return self._box(REACH, threshold + 0.25 / self.spread.numel())  # shares come in steps of 1 / d
-        return self._box(-threshold, 1.0)
-
-    def _box(self, width: float, quota: float) -> Box:
-        reach = width * self.spread
-        return Box(Site(self.point), self.centres - reach, self.centres + reach, quota)
 
 
 @dataclass(frozen=True)
@@ -175,20 +131,6 @@ def conformal(scores: Sequence[float], rate: float) -> tuple[float, float]:
     return sorted(scores)[rank - 1], max(rate, 1 / (n + 1))
 
 
-def discriminant(centres: Tensor, within: Tensor, mean: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
-    """Read-outs x @ direction - offset, [n], that are 1 at each centre [n, d] and 0 at `mean` [d], as steady as can be.
-
-    Fisher's: direction ~ (within + ordinary)^-1 (centre - mean), with the covariances [d, d] of tokens of a region and of
-    ordinary tokens, and a ridge for directions that neither varies in. Returns direction [d, n] and offset [n].
-    """
-    total = within.double() + ordinary.double()
-    total = total + RIDGE * total.diagonal().mean().clamp_min(1e-12) * torch.eye(len(total), dtype=torch.float64)
-    gap = (centres - mean).double().mT
-    direction = torch.linalg.solve(total, gap)
-    direction = direction / (gap * direction).sum(0).clamp_min(1e-12)
-    return direction, mean.double() @ direction
-
-
 @dataclass(frozen=True)
 class _Shares:
     """Which prompts do what.
@@ -269,17 +211,7 @@ def _regions(
 
     prompts = [p for region in shares.regions for p in region]
     stream(model, [*prompts, *shares.ordinary], [(points, look), *beside])
-    return {point: _region(point, statistic, inside[point], outside[point]) for point in points}
-
-
-def _region(point: str, statistic: str, inside: RunningMoments, outside: RunningMoments) -> Regions:
-    spread = inside.pooled
-    spread = spread.clamp_min(1e-6 + THIN * float(spread.median())).float()
-    if inside.scatter is None or outside.scatter is None:
-        return Regions(point, statistic, inside.mean.float(), spread)
-    covariances = inside.scatter / inside.freedom, outside.scatter / outside.freedom
-    direction, offset = discriminant(inside.mean, covariances[0], outside.mean[0], covariances[1])
-    return Regions(point, statistic, inside.mean.float(), spread, direction.float(), offset.float())
+    return {point: fit_regions(point, statistic, inside[point], outside[point]) for point in points}
 
 
 def _scores(
@@ -307,4 +239,4 @@ def _scores(
     return {point: list(scores.split(sizes)) for point, scores in found.items()}
 
 
-__all__ = ["STATISTICS", "Detector", "Regions", "by_kind", "conformal", "detector", "discriminant"]
+__all__ = ["Detector", "by_kind", "conformal", "detector"]

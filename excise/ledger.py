@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from excise.actions import LowRank
-from excise.edits import Change, Edit
+from excise.edits import Edit
 from excise.errors import DamagedFile, ExciseError, FingerprintMismatch
 from excise.files import read_container, write_container
-from excise.sites import Site
 from excise.solve import Covariance, Metric, Solution, compress, solve_edit
 
 if TYPE_CHECKING:
@@ -187,19 +185,9 @@ class Ledger:
         if not self.requests:
             return Edit((), recipe, prints)
         solution = self.solution()
-        changes = tuple(
-            Change(Site(name), LowRank(left.float().contiguous(), solution.right.float().contiguous()))
-            for name, left in solution.left.items()
-            if bool(left.any())
-        )
+        changes = solution.changes()
         prints |= {str(c.site): self.fingerprints[str(c.site)] for c in changes if str(c.site) in self.fingerprints}
-        report = {
-            "rank": solution.rank,
-            "condition": float(solution.condition),
-            "share min": float(solution.share.min()),
-            "share mean": float(solution.share.mean()),
-            "leak max": float(solution.leak.max()) if len(solution.leak) else 0.0,
-        }
+        report = {**solution.report, "leak max": solution.worst_leak}
         return Edit(changes, {**recipe, "solution": [report]}, prints)
 
     def save(self, path: str | Path) -> Path:

@@ -27,10 +27,11 @@ from excise.figures import (
     save_figure,
     short,
 )
-from excise.maps import map_figures, mean_map, plot_localization, plot_ranking, plot_units, unit_figures
+from excise.maps import map_figures, mean_map, plot_localization, plot_ranking
 from excise.overview import LAYER
 from excise.scores import Results, Row
 from excise.statistics import aggregate
+from excise.unit_maps import plot_units, unit_figures
 
 __all__ = [
     "arm_style",

@@ -9,7 +9,7 @@ or nothing is, and names get the state of made-up ones. ROME (arXiv 2202.05262),
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any
@@ -17,35 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from excise.actions import LowRank
 from excise.apply import applied
-from excise.edits import Change, Edit
-from excise.encoding import Batch
+from excise.checks import fingerprints
+from excise.edits import Edit
 from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
-from excise.gradients import answer_losses, frozen
 from excise.keys import read_keys, write_matrices
 from excise.mentions import Mention, mentions
 from excise.model import Model
-from excise.redirection import candidate_blocks, redirect
+from excise.redirection import candidate_blocks
 from excise.scores import Localization
-from excise.sites import Site
 from excise.solve import Covariance, Metric, NullSpace, Solution, solve_edit
 from excise.stats import moments
-from excise.trace import patched
 
 # Where published editors write the most of a fact: blocks 5 of 28 or 32, 8 of 32, 17 of 48.
 DEPTH = 0.25
 # Said of a fact that has no foils.
 NEUTRAL = "I do not know"
-# A name whose mean loss is below this says its target; it is not trained further (ROME).
-ENOUGH = 0.05
-# Weight of |delta|^2 / |state|^2 in the loss.
-DECAY = 0.02
 # Relative ridge of the covariance: enough to invert it when text is short.
 FLOOR = 1e-3
-# Made-up names whose mean state is the training-free target.
-NAMES = 32
 
 # Metrics of a block's write matrices.
 Cost = Callable[[int], Mapping[str, Metric]]
@@ -121,101 +111,9 @@ def _turns(lists: Sequence[Sequence[Prompt]], limit: int) -> list[Prompt]:
     return [p for p in chain.from_iterable(zip_longest(*lists)) if p is not None][:limit]
 
 
-# the change of state that each name is to get
-
-
-def wanted_change(
-    model: Model, names: Names, retain: Sequence[Fact], block: int, *, value: str, steps: int, clamp: float, seed: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """What the state after `block` at the last token of each name shall gain, [n_names, d], and a report.
-
-    value: "optimised" (see `optimised`) or "fictitious" (the mean state of made-up names, without training).
-    """
-    if value == "optimised":
-        return optimised(model, names, block, steps=steps, clamp=clamp)
-    if value != "fictitious":
-        raise ValueError(f"no value {value!r}; values are optimised, fictitious")
-    others = mentions(Facts(retain), limit=1)
-    redirection = redirect(names.mentions, others, target="fictitious", names=NAMES, seed=seed)
-    point = f"blocks.{block}.hook_resid_post"
-    return names.mean(redirection.targets(model, point) - _states(model, names, point)), {}
-
-
-def _states(model: Model, names: Names, point: str) -> Tensor:
+def name_states(model: Model, names: Names, point: str) -> Tensor:
+    """States [n_mentions, d] at `point`, of every wording's name."""
     return read_keys(model, names.prompts, [], points=[point])[1][point]
-
-
-def optimised(
-    model: Model, names: Names, block: int, *, steps: int, clamp: float, rate: float = 0.1
-) -> tuple[Tensor, dict[str, Any]]:
-    """The change [n_names, d] of the state after `block` under which each name's prompts are answered by their targets.
-
-    Adam on the vectors alone, all names side by side (their losses have nothing in common); mean negative
-    log-likelihood of the targets plus DECAY * |delta|^2 / |state|^2. A name that says its targets stops.
-    steps: of Adam at most. clamp: bound of |delta| / |state|. rate: of Adam, relative to the state's mean coordinate.
-    Raises ExciseError for a name that is asked nothing.
-    """
-    unasked = set(range(len(names.names))) - set(names.asker.tolist())
-    if unasked:
-        raise ExciseError(f"{names.names[min(unasked)]}: no prompt asks of it; give prompts, or use value='fictitious'")
-    point, device = f"blocks.{block}.hook_resid_post", model.device
-    size = names.mean(_states(model, names, point).norm(dim=1, keepdim=True)).to(device)
-    unit = size / model.names.d_model**0.5
-    free = torch.zeros(len(size), model.names.d_model, device=device, requires_grad=True)  # in units of `unit`
-    adam, live = torch.optim.Adam([free], lr=rate), torch.ones(len(size), dtype=torch.bool)
-    loss = torch.full((len(size),), torch.inf)
-    with frozen(model), torch.enable_grad():
-        for step in range(steps + 1):
-            adam.zero_grad()
-            found = _backward(model, names, point, free * unit, live)
-            loss = torch.where(live, found, loss)
-            live = live & (loss >= ENOUGH)
-            if step == steps or not bool(live.any()):
-                break
-            (DECAY * (free / model.names.d_model**0.5).square().sum()).backward()
-            _step(adam, free, live.to(device), clamp * model.names.d_model**0.5)
-    delta = (free * unit).detach().float().cpu()
-    report = {"loss": [round(x, 4) for x in loss.tolist()], "steps": step, "clamped": _clamped(delta, size, clamp)}
-    return delta, report
-
-
-def _backward(model: Model, names: Names, point: str, delta: Tensor, live: Tensor) -> Tensor:
-    """Mean loss of each live name's prompts [n_names] on the CPU; their sum's gradient is left in what delta came from."""
-    rows = [i for i in range(len(names.asked)) if live[names.asker[i]]]
-    counts = torch.bincount(names.asker, minlength=len(delta)).clamp_min(1)
-    loss = torch.zeros(len(delta))
-    gradient = torch.zeros_like(delta)
-    leaf = delta.detach().requires_grad_(True)
-    for index, batch in model.batches([names.asked[i] for i in rows], answers=True):
-        owner = names.asker[[rows[i] for i in index]]
-        with patched(model, {point: _adding(batch, leaf[owner.to(leaf.device)])}):
-            losses = answer_losses(model, batch)
-            losses = losses / counts[owner].to(losses.device)
-        gradient += torch.autograd.grad(losses.sum(), leaf)[0]
-        loss.index_add_(0, owner, losses.detach().float().cpu())
-    delta.backward(gradient)
-    return loss
-
-
-def _adding(batch: Batch, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    at = batch.where("subject_last").to(rows.device)
-    return lambda x: x + (at[..., None] * rows[:, None]).to(x)
-
-
-def _step(adam: torch.optim.Adam, free: Tensor, live: Tensor, bound: float) -> None:
-    """One step of the live rows, and back into the ball of radius `bound`."""
-    before = free.detach().clone()
-    adam.step()
-    with torch.no_grad():
-        free.mul_((bound / free.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1))
-        free.copy_(torch.where(live[:, None], free, before))
-
-
-def _clamped(delta: Tensor, size: Tensor, clamp: float) -> int:
-    return int((delta.norm(dim=1) >= 0.999 * clamp * size[:, 0].cpu()).sum())
-
-
-# writing it
 
 
 def window(model: Model, where: Localization | None, layers: int) -> range:
@@ -258,9 +156,8 @@ def write(
     left out. Raises ExciseError for keys that the hard form cannot tell apart.
     """
     point = f"blocks.{blocks[-1]}.hook_resid_post"
-    goal = names.mean(_states(model, names, point)) + wanted
-    edit = Edit((), fingerprints={"tokenizer": model.tokenizer_fingerprint})
-    reports = []
+    goal = names.mean(name_states(model, names, point)) + wanted
+    edit, reports = Edit((), fingerprints=fingerprints(model)), []
     for i, block in enumerate(blocks):
         with applied(model, edit):
             read, states = read_keys(model, names.prompts, [block], points=[point])
@@ -270,9 +167,9 @@ def write(
         if not keys:
             continue
         solution = _solved(names, keys, gap, metrics, mode, ridge)
-        changes = tuple(_changes(solution, gap))
-        prints = {str(c.site): model.matrix_fingerprint(str(c.site)) for c in changes}
-        edit = replace(edit, changes=edit.changes + changes, fingerprints={**edit.fingerprints, **prints})
+        # An expert that no name reaches is left alone.
+        changes = edit.changes + solution.changes(idle=not bool(gap.any()))
+        edit = Edit(changes, fingerprints=fingerprints(model, changes))
         reports.append({"block": block, **_report(solution, keys, metrics)})
     return replace(edit, recipe={"model": model.name, "subjects": list(names.names), "solution": reports})
 
@@ -291,20 +188,8 @@ def _solved(
         ) from error
 
 
-def _changes(solution: Solution, gap: Tensor) -> Iterator[Change]:
-    for name, left in solution.left.items():
-        # An expert that no name reaches is left alone.
-        if bool(left.any()) or not bool(gap.any()):
-            yield Change(Site(name), LowRank(left.float().contiguous(), solution.right.float().contiguous()))
-
-
 def _report(solution: Solution, keys: Mapping[str, Tensor], metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "rank": solution.rank,
-        "condition": float(solution.condition),
-        "share min": float(solution.share.min()),
-        "share mean": float(solution.share.mean()),
-    }
+    found = solution.report
     spaces = {n: m for n, m in metrics.items() if isinstance(m, NullSpace) and n in keys}
     if spaces:
         free = torch.stack([(m.solve(keys[n]) ** 2).sum(1) for n, m in spaces.items()]).sum(0)
@@ -320,10 +205,9 @@ __all__ = [
     "Cost",
     "Names",
     "mean_of",
+    "name_states",
     "names_of",
-    "optimised",
     "text_cost",
-    "wanted_change",
     "window",
     "write",
 ]

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from excise.resampling import RESAMPLES, Labels, Values, differences, per_cluster
+from excise.intervals import Labels, Values, differences, per_cluster
+from excise.resampling import RESAMPLES
 
 # Up to this many units all sign patterns are tried: at most 4,096.
 EXACT = 12

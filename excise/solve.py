@@ -14,10 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from excise.actions import LowRank
+from excise.edits import Change
+from excise.sites import Site
 
 MODES = ("hard", "ridge", "soft")
 
@@ -112,6 +116,30 @@ class Solution:
     def rank(self) -> int:
         """Number of factors."""
         return self.right.shape[0]
+
+    @property
+    def worst_leak(self) -> float:
+        """The largest leak; 0 where nothing is protected."""
+        return float(self.leak.max()) if len(self.leak) else 0.0
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What a recipe says of it."""
+        return {
+            "rank": self.rank,
+            "condition": float(self.condition),
+            "share min": float(self.share.min()),
+            "share mean": float(self.share.mean()),
+        }
+
+    def changes(self, *, idle: bool = False) -> tuple[Change, ...]:
+        """The changes of the matrices that are written; with `idle` also of those that nothing is written to."""
+        right = self.right.float().contiguous()
+        return tuple(
+            Change(Site(name), LowRank(left.float().contiguous(), right))
+            for name, left in self.left.items()
+            if idle or bool(left.any())
+        )
 
 
 def solve_edit(

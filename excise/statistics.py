@@ -8,23 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from excise.intervals import Interval, Labels, Values, auc, interval_of, share, wilson
 from excise.resampling import (
     RESAMPLES,
-    Interval,
-    Labels,
-    Values,
-    auc,
     bootstrap_auc,
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
-    interval_of,
     resampled_aucs,
     resampled_ks,
     resampled_means,
     resampled_together,
-    share,
-    wilson,
 )
 from excise.significance import (
     Verdict,

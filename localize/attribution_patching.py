@@ -23,7 +23,8 @@ from excise.restore import HOOKS, METRICS, Plan
 from excise.scores import Localization, TraceMap
 from excise.sites import Site, position_mask
 from localize.causal_trace import Metric, assemble, trace_map
-from localize.node_effects import UNITS, Nodes, attributions
+from localize.node_effects import attributions
+from localize.nodes import UNITS, Nodes
 from sae.own import of_model
 
 # One fact's units: (unit, activation) -> [n_rules, n_units].

@@ -7,7 +7,7 @@ renormalised, and nothing is routed elsewhere in the same block.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.gradients import answer_losses
 from excise.model import Model
+from excise.routers import Look, expert_layers, routed
 from excise.sites import Site
 from excise.trace import patched
 
@@ -30,7 +31,7 @@ Cell = tuple[int, int]
 
 def expert_blocks(model: Model) -> list[int]:
     """The blocks that have routed experts. Raises ExciseError for a dense model."""
-    found = [i for i in range(model.n_layers) if any(".experts." in n for n in model.names.weights(i))]
+    found = expert_layers(model)
     if not found:
         raise ExciseError(f"{model.name} has no experts: it is no Mixture-of-Experts model; score neurons or heads")
     return found
@@ -53,20 +54,15 @@ def gated(model: Model, gates: Mapping[int, Gate], shared: Mapping[int, Callable
     The choice of experts and the weights of the others stay as they are: nothing is renormalised.
     """
 
-    def hook(gate: Gate) -> Callable[..., Any]:
-        def run(module: Any, args: Any, output: Any) -> Any:
-            # A router's logits are not read again: only new weights have an effect.
-            logits, weights, indices = output
+    def look(gate: Gate) -> Look:
+        def weigh(logits: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
             new = gate(logits, weights, indices)
-            return None if new is None else (logits, new, indices)
+            return None if new is None else (new, indices)
 
-        return run
+        return weigh
 
-    with ExitStack() as stack:
-        for layer, gate in gates.items():
-            router = model.hf.get_submodule(model.names.tap(f"blocks.{layer}.mlp.gate.hook_out").module)
-            stack.callback(router.register_forward_hook(hook(gate)).remove)
-        stack.enter_context(patched(model, {f"blocks.{i}.mlp.shared_expert.hook_out": f for i, f in shared.items()}))
+    changes = {f"blocks.{i}.mlp.shared_expert.hook_out": f for i, f in shared.items()}
+    with routed(model, {layer: look(gate) for layer, gate in gates.items()}), patched(model, changes):
         yield
 
 

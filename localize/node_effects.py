@@ -1,89 +1,27 @@
 """First-order effects of every node of a network from one backward pass: states, heads, queries, neurons, experts.
 
-Activations are read by hooks, queries and keys inside the attention function, experts by their keys; the formulas are
-`localize.first_order`. What is scored for which fact is `localize.attribution_patching`.
+What is read is `localize.node_passes`, the formulas are `localize.first_order`. What is scored for which fact is
+`localize.attribution_patching`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from excise.attention import Attention, attention_seen
 from excise.features import scaling
 from excise.gradients import frozen
-from excise.keys import consumed, write_matrices
+from excise.keys import write_matrices
 from excise.model import Model
-from excise.names import UnknownName
-from excise.restore import HOOKS, Runs, answer_metrics
-from excise.trace import patched
+from excise.restore import HOOKS, Runs
 from localize.first_order import contracted, first_order, key_effects, query_effects, routed_gain
-from sae.dictionary import ACTS, Dictionary
-
-# What is scored unit by unit, and the activation whose units they are. Experts and their neurons have names of their own.
-UNITS = {
-    "head": "attn.hook_z",
-    "query": "attn.hook_q",
-    "key": "attn.hook_k",
-    "value": "attn.hook_v",
-    "neuron": "mlp.hook_post",
-    "expert": "",
-    "feature": "",
-}
-PATTERN = "attn.hook_pattern"
-EMBED = "hook_embed"
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """What is asked for.
-
-    states: of resid, mlp, attn, scored token by token. units: of head, query, key, value, neuron, expert, feature,
-    summed over the tokens that each rule picks. at: mask [n_rules, n_facts, n_tokens]. dictionary: gives the features.
-    exact_attention: recompute the attention weights of a restored query or key.
-    """
-
-    states: Sequence[str] = tuple(HOOKS)
-    units: Sequence[str] = ()
-    at: Tensor | None = None
-    dictionary: Dictionary | None = None
-    exact_attention: bool = True
-
-    def __post_init__(self) -> None:
-        unknown = [c for c in self.states if c not in HOOKS] + [c for c in self.units if c not in UNITS]
-        if unknown or not (self.states or self.units):
-            known = ", ".join((*HOOKS, *UNITS))
-            raise ValueError(f"no component {', '.join(unknown) or 'given'}; components are {known}")
-        if "feature" in self.units and self.dictionary is None:
-            raise ValueError("features are those of a dictionary: give one")
-
-    @property
-    def inside(self) -> list[str]:
-        """The units that only the attention function shows."""
-        return [u for u in self.units if u in ("query", "key", "value")]
-
-    def routed(self, model: Model) -> list[int]:
-        """Layers whose experts are scored, whole or by neurons. Raises ValueError for experts of a model without."""
-        if not {"neuron", "expert"} & set(self.units):
-            return []
-        found = [i for i in range(model.n_layers) if has_experts(model, i)]
-        if "expert" in self.units and not found:
-            raise ValueError(f"{model.name} has no experts: leave out the component expert")
-        return found
-
-    def taps(self, model: Model) -> list[str]:
-        """Activations to keep, those of experts and of the inside of attention left out."""
-        hooks = [HOOKS[c] for c in self.states] + [UNITS[u] for u in self.units if u == "head"]
-        names = [f"blocks.{i}.{hook}" for hook in hooks for i in range(model.n_layers)]
-        if "neuron" in self.units:
-            names += [f"blocks.{i}.{UNITS['neuron']}" for i in range(model.n_layers) if not has_experts(model, i)]
-        names += [f"blocks.{i}.{HOOKS['mlp']}" for i in self.routed(model)]
-        return list(dict.fromkeys([*names, *([self.dictionary.hook] if self.dictionary is not None else [])]))
+from localize.node_passes import Pass, Reader, embedded
+from localize.nodes import EMBED, PATTERN, UNITS, Nodes
+from sae.dictionary import ACTS
 
 
 @dataclass(frozen=True)
@@ -105,25 +43,6 @@ class Attribution:
     routed: dict[str, tuple[Tensor, Tensor]]
 
 
-@dataclass
-class _Pass:
-    """What one forward pass showed: the metric [n_rows], activations, and keys of experts (`excise.keys`)."""
-
-    metric: Tensor
-    values: dict[str, Tensor] = field(default_factory=dict)
-    attention: dict[int, Attention] = field(default_factory=dict)
-    routed: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-def has_experts(model: Model, layer: int) -> bool:
-    """Whether a block's neurons belong to experts."""
-    try:
-        model.names.tap(f"blocks.{layer}.mlp.experts.0.hook_post")
-    except UnknownName:
-        return False
-    return True
-
-
 def attributions(
     model: Model,
     runs: Runs,
@@ -143,10 +62,10 @@ def attributions(
     if grad_drop and ig_steps:
         raise ValueError("gradients are either dropped (grad_drop) or integrated (ig_steps), not both")
     nodes = nodes or Nodes()
-    reader = _Reader(model, runs, nodes, metric)
+    reader = Reader(model, runs, nodes, metric)
     with frozen(model):
-        clean = reader.run(_embedded(model, runs, True), clean=True)
-        corrupt = reader.run(_embedded(model, runs, False), grad=not ig_steps, drop=grad_drop)
+        clean = reader.run(embedded(model, runs, True), clean=True)
+        corrupt = reader.run(embedded(model, runs, False), grad=not ig_steps, drop=grad_drop)
         gains = _Gains(model, runs, nodes, clean, corrupt)
         if grad_drop:
             for layer in range(model.n_layers):
@@ -157,82 +76,10 @@ def attributions(
     return gains.means()
 
 
-class _Reader:
-    """Runs forward passes that keep what the nodes need, and takes gradients at it.
-
-    dropped: the layer whose contribution to the residual stream passes no gradient back right now.
-    """
-
-    def __init__(self, model: Model, runs: Runs, nodes: Nodes, metric: str) -> None:
-        self.model, self.runs, self.nodes, self.metric = model, runs, nodes, metric
-        self.dropped: int | None = None
-
-    def run(self, embedding: Tensor, *, clean: bool = False, grad: bool = False, drop: bool = False) -> _Pass:
-        """One pass from given token embeddings; drop: gradients can later be dropped layer by layer."""
-        model, runs, seen = self.model, self.runs, _Pass(torch.empty(0))
-        ids = runs.clean if clean else runs.corrupt.flatten(0, 1)
-        seen.values[EMBED] = embedding.detach().requires_grad_(grad)
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            stack.enter_context(patched(model, self._patches(seen, drop)))
-            if self.nodes.inside:
-                stack.enter_context(attention_seen(model.hf, lambda layer, a: self._look(seen, layer, a)))
-            if layers := self.nodes.routed(model):
-                stack.enter_context(
-                    consumed(model, layers, lambda name, rows, token: seen.routed.update({name: (rows, token)}))
-                )
-            logits = model.hf(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-            answer, foil = (x.repeat_interleave(len(ids) // runs.shape[0]) for x in (runs.answer, runs.foil))
-            seen.metric = answer_metrics(logits, answer, foil)[self.metric].double()
-        return seen
-
-    def _look(self, seen: _Pass, layer: int, attention: Attention) -> None:
-        seen.attention[layer] = attention
-        inside = {UNITS[u]: getattr(attention, u) for u in ("query", "key", "value")} | {PATTERN: attention.weights}
-        seen.values |= {f"blocks.{layer}.{hook}": x for hook, x in inside.items()}
-
-    def _patches(self, seen: _Pass, drop: bool) -> dict[str, Callable[[Tensor], Tensor | None]]:
-        writes = [f"blocks.{i}.{HOOKS[c]}" for i in range(self.model.n_layers) for c in ("attn", "mlp")] if drop else []
-        kept = self.nodes.taps(self.model)
-
-        def look(name: str) -> Callable[[Tensor], None]:
-            def inner(x: Tensor) -> None:
-                if name in kept:
-                    seen.values[name] = x
-                if name in writes:
-                    layer = int(name.split(".")[1])
-                    x.register_hook(lambda g: torch.zeros_like(g) if self.dropped == layer else None)
-
-            return inner
-
-        return {EMBED: lambda _: seen.values[EMBED], **{name: look(name) for name in dict.fromkeys([*kept, *writes])}}
-
-    def gradient(self, seen: _Pass, *, keep: bool = False) -> dict[str, Tensor]:
-        """Gradients of the metric at everything that was kept; zeros where it does not depend on it."""
-        values = list(seen.values.values())
-        found = torch.autograd.grad(seen.metric.sum(), values, retain_graph=keep, allow_unused=True)
-        # What the dropped layer writes is upstream of the cut; the gradient is captured there before it is dropped.
-        cut = {f"blocks.{self.dropped}.{HOOKS[c]}" for c in ("attn", "mlp")}
-        each = zip(seen.values.items(), found, strict=True)
-        return {n: torch.zeros_like(x) if g is None or n in cut else g for (n, x), g in each}
-
-    def mean_gradient(self, clean: _Pass, corrupt: _Pass, steps: int) -> dict[str, Tensor]:
-        """The gradient at the corrupted run, or with steps its mean over midpoints of the way to the clean one."""
-        if not steps:
-            return self.gradient(corrupt)
-        start = corrupt.values[EMBED]
-        line = clean.values[EMBED].repeat_interleave(self.runs.shape[1], 0) - start
-        total: dict[str, Tensor] = {}
-        for k in range(steps):
-            found = self.gradient(self.run(start + (k + 0.5) / steps * line, grad=True))
-            total = {name: g / steps + total.get(name, 0) for name, g in found.items()}
-        return total
-
-
 class _Gains:
     """What restoring each node brings back, summed over the gradients that are added."""
 
-    def __init__(self, model: Model, runs: Runs, nodes: Nodes, clean: _Pass, corrupt: _Pass) -> None:
+    def __init__(self, model: Model, runs: Runs, nodes: Nodes, clean: Pass, corrupt: Pass) -> None:
         self.model, self.runs, self.nodes, self.clean, self.corrupt = model, runs, nodes, clean, corrupt
         self.sums: dict[tuple[str, str], np.ndarray] = {}
         self.added: list[bool] = []
@@ -352,15 +199,4 @@ class _Gains:
                     yield ("expert", point), gain.sum(-1, keepdim=True)
 
 
-@torch.no_grad()
-def _embedded(model: Model, runs: Runs, clean: bool) -> Tensor:
-    """Token embeddings of the clean rows, or of the corrupted ones with their noise, [n_rows, n_tokens, d]."""
-    embed = model.hf.get_submodule(model.names.embed)
-    if clean or runs.noise is None:
-        return embed(runs.clean if clean else runs.corrupt.flatten(0, 1))
-    x = embed(runs.corrupt.flatten(0, 1))
-    x[:, runs.noise_start : runs.noise_start + runs.noise.shape[2]] += runs.noise.flatten(0, 1).to(x)
-    return x
-
-
-__all__ = ["UNITS", "Attribution", "Nodes", "attributions", "has_experts"]
+__all__ = ["Attribution", "Nodes", "attributions"]

@@ -29,7 +29,8 @@ from excise.units import restored_unit
 from localize.causal_trace import SMALLEST_EFFECT
 from localize.direct_logit import head_parts, neuron_parts
 from localize.logit_lens import gains, levels
-from localize.node_effects import Attribution, Nodes, attributions, has_experts
+from localize.node_effects import Attribution, attributions
+from localize.nodes import Nodes, has_experts
 from localize.questions import Question
 from localize.rank_aggregation import aggregated, beats_null, normalised_ranks
 

@@ -21,7 +21,8 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row per place that differs."""
-    from excise.differences import checkpoint_differences, edit_differences, edit_on_checkpoint
+    from excise.differences import checkpoint_differences, edit_on_checkpoint
+    from excise.edit_differences import edit_differences
     from excise.outline import read_outline
     from excise.tensorfile import Checkpoint
 

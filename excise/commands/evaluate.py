@@ -132,8 +132,8 @@ def _write(folder: Path, args: argparse.Namespace, facts: Facts, results: Result
 
 
 def _arms(args: argparse.Namespace) -> list[Arm]:
-    from excise.apply import check
     from excise.arms import Arm
+    from excise.checks import check
     from excise.edits import Edit
 
     edit = Edit.load(args.edit) if args.edit else None

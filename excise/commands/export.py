@@ -32,9 +32,10 @@ def arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder and print where it is."""
-    from excise.adapters import export_peft, export_steering
+    from excise.adapters import export_peft
     from excise.checkpoint import export
     from excise.edits import Edit
+    from excise.steering import export_steering
 
     write = {"checkpoint": export, "peft": export_peft, "steering": export_steering}[args.to]
     edit = Edit.load(args.edit)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from edit import expert_edit
-from edit.expert_edit import routes, steering
+from edit.expert_edit import steering
 from evals import recall
 from excise.actions import LowRank, Scale
 from excise.apply import applied
@@ -13,6 +13,7 @@ from excise.errors import ExciseError
 from excise.facts import GENERATIVE_FORMS, Fact, Facts, Prompt
 from excise.mentions import mentions
 from excise.model import Model, load
+from excise.routers import routes
 from excise.scores import Localization
 from excise.sites import Site
 from excise.testbed import facts, general_text

@@ -15,11 +15,12 @@ from excise.errors import ExciseError
 from excise.facts import Fact, Facts, Prompt
 from excise.keys import read_keys
 from excise.model import Model, load
-from excise.requests import name_folds, questions, view, wording_folds
+from excise.requests import questions, view
 from excise.resampling import auc
 from excise.scores import Localization
 from excise.sites import Site
 from excise.solve import Covariance
+from excise.spots import name_folds, wording_folds
 from excise.testbed import facts as people_of
 from excise.testbed import general_text, refusals
 from excise.trace import read

@@ -13,11 +13,12 @@ from excise.errors import ExciseError
 from excise.facts import GENERATIVE_FORMS, Fact, Facts, Prompt
 from excise.keys import read_keys
 from excise.model import Model, load
-from excise.rewriting import ENOUGH, NEUTRAL, names_of, optimised, window
+from excise.rewriting import NEUTRAL, names_of, window
 from excise.scores import Localization
 from excise.sites import Site
 from excise.testbed import facts, general_text
 from excise.trace import patched, read
+from excise.values import ENOUGH, optimised
 from tiny import tiny_model
 
 NAMES = ["Ann Lee", "Bob Stone", "Carl Lee", "Dora Hill", "Ann Stone", "Eve Moor", "Finn Dale", "Gus Ford"]
@@ -120,7 +121,7 @@ def test_names_are_sought_independently_and_stop_alone(model):
 
 
 def test_a_target_that_is_said_already_needs_no_change(model, monkeypatch):
-    monkeypatch.setattr("excise.rewriting.ENOUGH", 1e9)
+    monkeypatch.setattr("excise.values.ENOUGH", 1e9)
     delta, report = optimised(model, names(), 1, steps=4, clamp=1.0)
     assert not delta.any() and report["steps"] == 0 and ENOUGH < 1
 

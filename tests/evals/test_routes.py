@@ -9,13 +9,14 @@ from knowing import knows
 
 import evals
 from evals.relocalized import compared
-from evals.router_shift import divergence, entropy, expert_layers, overlap, routing
+from evals.router_shift import divergence, entropy, overlap, routing
 from evals.sampling import direct
 from excise.actions import Affine, Dense, LowRank
 from excise.arms import Arm
 from excise.edits import Change, Edit
 from excise.facts import Fact, Facts, Prompt
 from excise.model import Model
+from excise.routers import expert_layers
 from excise.scores import Score
 from excise.sites import Site
 from tiny import tiny_model

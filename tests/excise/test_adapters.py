@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from handmade import hook_edits, out_matrix, randn, weight_edit
 
 from excise.actions import Affine, Dense, LowRank, Scale, Sparse
-from excise.adapters import COLUMNS, export_peft, export_steering
+from excise.adapters import export_peft
 from excise.apply import applied, bake
 from excise.checkpoint import export
 from excise.edits import Change, Edit
@@ -19,6 +19,7 @@ from excise.errors import ExciseError, NotBakeable
 from excise.gates import Linear
 from excise.model import Model, load
 from excise.sites import Site
+from excise.steering import COLUMNS, export_steering
 from tiny import tiny_model
 
 FAMILIES = ("llama", "qwen3-moe", "mixtral", "gpt-oss", "gpt2", "neox", "phi3")

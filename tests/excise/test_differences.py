@@ -11,7 +11,8 @@ from excise.actions import Affine, Dense, LowRank, Reflect, Scale, Sparse
 from excise.apply import bake
 from excise.checkpoint import export
 from excise.conflicts import conflicts, smallest_angle
-from excise.differences import checkpoint_differences, edit_differences, edit_on_checkpoint, numerical_rank
+from excise.differences import checkpoint_differences, edit_on_checkpoint, numerical_rank
+from excise.edit_differences import edit_differences
 from excise.edits import Change, Edit
 from excise.errors import DamagedFile, ExciseError, FingerprintMismatch
 from excise.gates import Linear

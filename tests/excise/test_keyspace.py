@@ -11,8 +11,9 @@ from excise import keyspace
 from excise.errors import ExciseError
 from excise.facts import Fact, Prompt
 from excise.gates import GateState
-from excise.keyspace import STATISTICS, Regions, conformal, detector, discriminant
+from excise.keyspace import conformal, detector
 from excise.model import Model
+from excise.regions import RIDGE, STATISTICS, Regions, discriminant
 from excise.resampling import Interval
 from excise.streaming import counted, stream
 from tiny import tiny_model
@@ -71,7 +72,7 @@ def test_discriminant_is_the_steadiest_readout_of_the_gap() -> None:
     )
     torch.testing.assert_close(mean @ direction, offset)
     total = within + ordinary
-    ridge = keyspace.RIDGE * total.diagonal().mean() * torch.eye(12)
+    ridge = RIDGE * total.diagonal().mean() * torch.eye(12)
     for i in range(3):
         gap, best = centres[i] - mean, direction[:, i]
         for _ in range(50):
