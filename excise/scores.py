@@ -5,6 +5,7 @@ Values only: drawing is `excise.plots`, intervals are `excise.statistics`, writi
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,8 +117,15 @@ class Localization:
         return replace(self, scores=self.average[None], fact_ids=("mean",))
 
     def facts(self, ids: Sequence[str]) -> Localization:
-        """The rows of the given facts."""
-        rows = [self.fact_ids.index(i) for i in ids]
+        """The rows of the given facts; raises ValueError, with near ids, for one that is not there."""
+        known = {fact: row for row, fact in enumerate(self.fact_ids)}
+        for fact in ids:
+            if fact not in known:
+                near = difflib.get_close_matches(fact, known, n=3) or self.fact_ids[:3]
+                raise ValueError(
+                    f"no fact {fact!r} among the {len(known)} localized ones; did you mean {', '.join(near)}?"
+                )
+        rows = [known[fact] for fact in ids]
         return replace(
             self, scores=self.scores[rows], fact_ids=tuple(ids), maps=tuple(m for m in self.maps if m.fact_id in ids)
         )
