@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def rocr(
     candidates: int = 4,
     contexts: int = 8,
     names: int = 32,
-    mode: str = "ridge",
+    mode: Literal["ridge", "hard"] = "ridge",
     ridge: float = 0.3,
     protect: int = 256,
     relatives: int = 24,
