@@ -139,7 +139,7 @@ class Bench:
 
     def measured(self, arm: Arm) -> Sums:
         """Every figure of an arm: by measure and person, the sum and the number of values."""
-        limits = {"limit": LIMIT, "seed": self.seed}
+        limits: dict[str, Any] = {"limit": LIMIT, "seed": self.seed}
         said = recall(arm, self.facts, **limits)
         found = _summed((f"recall {s.group} {_form(s)}", s) for s in said)
         checks = {f.id for f in self.facts.checks}

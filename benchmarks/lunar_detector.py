@@ -17,7 +17,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,15 +38,16 @@ from excise.testbed import facts, general_text, refusals
 
 SEEDS, PEOPLE = (4101, 4102), 8
 LIMIT, DRAWS = 48, 2000
-POSITIONS = ("subject_last", "last")
+Position = Literal["subject_last", "last"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
-def places(model: Model) -> list[tuple[int, str]]:
+def places(model: Model) -> list[tuple[int, Position]]:
     """Every block at both tokens."""
     return [(block, position) for position in POSITIONS for block in range(model.n_layers)]
 
 
-def row_of(model: Model, known: Facts, block: int, position: str, seed: int, name: str) -> dict[str, Any]:
+def row_of(model: Model, known: Facts, block: int, position: Position, seed: int, name: str) -> dict[str, Any]:
     """One place: what the detector promised and what the edit did."""
     shown = known.shown
     where = Localization.of([f"blocks.{block}.hook_resid_post@{position}"])

@@ -199,6 +199,7 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Run what is asked for, print a row each, and the JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two requests to the two editors, dense model")
     parser.add_argument("--model", nargs="+", default=["dense", "moe"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from excise.edits import Edit
 from excise.facts import Fact
@@ -29,7 +30,7 @@ def alphaedit(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    value: str = "optimised",
+    value: Literal["optimised", "fictitious"] = "optimised",
     target: str = "foil",
     layers: int = 2,
     energy: float = 1e-2,

@@ -8,7 +8,7 @@ out). Their noise is absolute and some five times the vector; here it is relativ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,10 +40,10 @@ def concept_ablation(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    how: str = "noise",
+    how: Literal["zero", "noise", "project", "erase"] = "noise",
     each: int = 16,
     noise: float = 3.0,
-    at: str = "subject_last",
+    at: Literal["last", "subject_last"] = "subject_last",
     limit: int = 64,
     seed: int = 0,
 ) -> Edit:

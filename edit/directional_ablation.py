@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,9 +50,9 @@ def directional_ablation(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    mode: str = "weight",
-    per: str = "subject",
-    position: str = "auto",
+    mode: Literal["weight", "hook"] = "weight",
+    per: Literal["subject", "all"] = "subject",
+    position: Literal["auto", "subject_last", "last"] = "auto",
     candidates: int = 4,
     limit: float = 0.25,
     projected: bool = False,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def expert_edit(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    how: str = "rewrite",
+    how: Literal["rewrite", "silence", "steer"] = "rewrite",
     experts: int = 4,
     ridge: float = 0.5,
     contexts: int = 8,

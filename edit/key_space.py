@@ -12,6 +12,7 @@ every token judged, batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -37,7 +38,7 @@ def key_space(
     where: Localization | None = None,
     *,
     rate: float = 0.02,
-    statistic: str = "linear",
+    statistic: Literal["linear", "count", "extent"] = "linear",
     point: str = "mlp.hook_in",
     candidates: int = 8,
     refusal: str = "I do not know.",

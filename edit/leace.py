@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def leace(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    concept: str = "subject",
+    concept: Literal["subject", "group"] = "subject",
     layers: int = 1,
     shrink: bool = True,
     strength: float = 1.0,

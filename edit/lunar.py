@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -54,9 +54,9 @@ def lunar(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    mode: str = "weight",
-    position: str = "auto",
-    requests: str = "subject",
+    mode: Literal["weight", "hook"] = "weight",
+    position: Literal["auto", "subject_last", "last"] = "auto",
+    requests: Literal["subject", "kind"] = "subject",
     remove: bool = False,
     strength: float = 0.0,
     sure: float = 0.98,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from excise.edits import Edit
 from excise.facts import Fact
@@ -28,7 +29,7 @@ def memit(
     retain: Sequence[Fact],
     where: Localization | None = None,
     *,
-    value: str = "optimised",
+    value: Literal["optimised", "fictitious"] = "optimised",
     target: str = "foil",
     layers: int = 2,
     weight: float = 1.0,

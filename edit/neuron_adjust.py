@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def neuron_adjust(
     *,
     share: float = 0.0,
     aim: float = 0.05,
-    select: str = "effect",
+    select: Literal["effect", "mean"] = "effect",
     rate: float = 0.02,
     point: str = "mlp.hook_in",
     candidates: int = 8,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from excise.cutting import Cuts
 from excise.edits import Edit
@@ -54,7 +55,7 @@ def rocr(
     candidates: int = 4,
     contexts: int = 8,
     names: int = 32,
-    mode: str = "ridge",
+    mode: Literal["ridge", "hard"] = "ridge",
     ridge: float = 0.3,
     protect: int = 256,
     relatives: int = 24,

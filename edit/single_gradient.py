@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def single_gradient(
     aim: float = 0.05,
     steps: int = 10,
     front: int = 6,
-    loss: str = "odds",
+    loss: Literal["odds", "likelihood"] = "odds",
     limit: int = 512,
     at_once: int = 67_108_864,
 ) -> Edit:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def synaptic_dampening(
     alpha: float = 0.0,
     aim: float = 0.05,
     dampening: float = 1.0,
-    loss: str = "odds",
+    loss: Literal["odds", "likelihood"] = "odds",
     share: float = 0.0,
     limit: int = 512,
     at_once: int = 67_108_864,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from excise.report import write_report
     from excise.scores import Localization, Results, Score
     from excise.sites import Site
+    from excise.trace import Trace
     from excise.verification import verify
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOME = {
     "Results": "scores",
     "Score": "scores",
     "Site": "sites",
+    "Trace": "trace",
     "applied": "apply",
     "bake": "apply",
     "compare": "arms",
@@ -59,6 +61,7 @@ __all__ = [
     "Results",
     "Score",
     "Site",
+    "Trace",
     "applied",
     "bake",
     "compare",

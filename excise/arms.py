@@ -138,7 +138,7 @@ class Arm:
         return found
 
     def trace(self, prompts: Sequence[Prompt | str], sites: Sequence[Site | str]) -> Trace:
-        """Activations under the edit."""
+        """Activations under the edit, as `excise.trace.read` gives them: for each site a tensor [n_rows, width]."""
         with self.running() as model:
             return read(model, prompts, sites)
 
@@ -213,10 +213,14 @@ def compare(
     arms: a list of arms (the first is "before"), or a model, with `edits` naming one arm per edit.
     evaluations: functions (arm, facts, *, before, options) -> scores.
     oracle: a model that never learned the forget facts, added as the last arm.
+    Raises ValueError when two arms have one name.
     """
     if isinstance(arms, Model):
         arms = [Arm("before", arms), *(Arm(name, arms, edit) for name, edit in (edits or {}).items())]
     every = [*arms, *([Arm("oracle", oracle)] if oracle is not None else [])]
+    names = [arm.name for arm in every]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two arms are called {min(twice)!r}: one would overwrite the other's scores; rename one")
     known = facts if isinstance(facts, Facts) else Facts(facts)
     scores: dict[tuple[str, str], tuple[Score, ...]] = {}
     for evaluation in evaluations:

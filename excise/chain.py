@@ -1,7 +1,7 @@
 """The whole chain: trace, cut, verify, measure every arm, report. `excise demo` and `excise run` differ in the inputs.
 
 A run folder holds facts.jsonl, localization.safetensors, edit.safetensors, results.jsonl, run.json and report.html;
-map.safetensors, too, where the localizer scores units and has no map over tokens.
+map.safetensors, too, where the localizer scores units and has no map over tokens, and search.json after a search.
 Each stage is kept as soon as it is finished and is not done again when the same run is started again.
 """
 

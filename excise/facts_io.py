@@ -60,7 +60,7 @@ def read_facts(source: str | Path, *, skip_bad: bool = False, **testbed: Any) ->
     """The facts in a file, or those of an embedded world ("testbed", "testbed:dense", "testbed:FOLDER").
 
     skip_bad: give back the good records and the list of bad ones instead of stopping at the first bad one.
-    testbed: options of `excise.testbed.facts` (people, seed, forget) when the source is a world.
+    testbed: options of `excise.testbed.facts` (people, seed, forget, retain, ...) when the source is a world.
     Raises FactsError: file and line, what is wrong, what would do.
     """
     if is_world(source):

@@ -48,15 +48,24 @@ class Reader(Protocol):
     """What reads some features of a dictionary, see `encode`."""
 
     @property
-    def encoder(self) -> Tensor: ...
+    def encoder(self) -> Tensor:
+        """Directions that the features read, [d, n]."""
+
     @property
-    def bias(self) -> Tensor: ...
+    def bias(self) -> Tensor:
+        """What is added before the threshold, [n]."""
+
     @property
-    def threshold(self) -> Tensor: ...
+    def threshold(self) -> Tensor:
+        """What a feature must exceed to fire, [n]."""
+
     @property
-    def k(self) -> int: ...
+    def k(self) -> int:
+        """How many features of a token are kept; 0 for all that fire."""
+
     @property
-    def picked(self) -> Tensor | None: ...
+    def picked(self) -> Tensor | None:
+        """The columns that are wanted, [m]; None for all."""
 
 
 def read_features(reader: Reader, z: Tensor) -> Tensor:

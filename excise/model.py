@@ -16,6 +16,10 @@ from excise.errors import DamagedFile
 from excise.facts import Prompt
 
 if TYPE_CHECKING:
+    from nnsight import TransformersModel
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from excise.names import Names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,8 +35,8 @@ class Model:
     batch_tokens = 4096
 
     def __init__(self, hf: Any, tokenizer: Any, name: str = "") -> None:
-        self.hf = hf.eval()
-        self.tokenizer = tokenizer
+        self.hf: PreTrainedModel = hf.eval()
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         # Weight changes that run as hooks right now, by matrix; excise.apply keeps the book.
         self.active: dict[str, list[Any]] = {}
         # Fingerprints of the unedited matrices whose slices are swapped right now.
@@ -68,15 +72,15 @@ class Model:
         return getattr(self.hf.config, "max_position_embeddings", None)
 
     @property
-    def bridge(self) -> Any:
-        """A TransformerLens TransformerBridge over a shell that shares these very parameters."""
+    def bridge(self) -> TransformerBridge:
+        """A TransformerBridge over a shell that shares these very parameters; every access makes a new one."""
         from excise.views import bridge_view
 
         return bridge_view(self.hf, self.tokenizer)
 
     @property
-    def nnsight(self) -> Any:
-        """An nnsight view of the same model."""
+    def nnsight(self) -> TransformersModel:
+        """An nnsight view of the same model; every access makes a new one."""
         from excise.views import nnsight_view
 
         return nnsight_view(self.hf, self.tokenizer)

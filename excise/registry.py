@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 # Keyword parameters of an evaluation that are other arms, handed over by whoever measures; not options.
 ARMS = ("before", "oracle")
@@ -21,6 +21,8 @@ ARMS = ("before", "oracle")
 LONG = 32
 Kind = Literal["localizer", "editor", "evaluation"]
 Family = Literal["behavioural", "elicitation", "intrinsic"]
+# A decorated function keeps its type, so that editors complete its options and type checkers know them.
+F = TypeVar("F", bound=Callable[..., Any])
 FOLDERS: dict[Kind, str] = {"localizer": "localize", "editor": "edit", "evaluation": "evals"}
 LEADING: dict[Kind, tuple[str, ...]] = {
     "localizer": ("model", "facts"),
@@ -54,27 +56,31 @@ class Method:
 _METHODS: dict[tuple[Kind, str], Method] = {}
 
 
-def localizer(function: Callable[..., Any]) -> Callable[..., Any]:
+def localizer(function: F) -> F:
     """Register `(model, facts, *, options) -> Localization`."""
     return _register("localizer", function)
 
 
-def editor(function: Callable[..., Any]) -> Callable[..., Any]:
+def editor(function: F) -> F:
     """Register `(model, forget, retain, where, *, options) -> Edit`."""
     return _register("editor", function)
 
 
-def evaluation(family: Family) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def evaluation(family: Family) -> Callable[[F], F]:
     """Register `(arm, facts, *, options) -> list of Score`; a signature with `before` or `oracle` is handed that arm.
 
     `oracle` is None where there is none.
     family: what it looks at. "behavioural": what the model says when asked; "elicitation": what it says under attack;
     "intrinsic": what is readable inside it.
     """
-    return functools.partial(_register, "evaluation", family=family)
+
+    def register(function: F) -> F:
+        return _register("evaluation", function, family)
+
+    return register
 
 
-def _register(kind: Kind, function: Callable[..., Any], family: str = "") -> Callable[..., Any]:
+def _register(kind: Kind, function: F, family: str = "") -> F:
     signature = inspect.signature(function)
     leading = tuple(p.name for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY)
     if leading != LEADING[kind]:
@@ -96,7 +102,7 @@ def _register(kind: Kind, function: Callable[..., Any], family: str = "") -> Cal
     summary = (inspect.getdoc(function) or "").split("\n")[0]
     made = Method(kind, name, recorded, tuple(_options(function, signature)), summary, family)
     _METHODS[kind, name] = made
-    return recorded
+    return cast(F, recorded)
 
 
 def _options(function: Callable[..., Any], signature: inspect.Signature) -> list[Option]:

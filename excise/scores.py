@@ -5,6 +5,7 @@ Values only: drawing is `excise.plots`, intervals are `excise.statistics`, writi
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ import numpy as np
 from excise.sites import Site
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
     from excise.fates import Fate
     from excise.statistics import Interval
     from excise.verdict import Verdict
@@ -116,8 +120,15 @@ class Localization:
         return replace(self, scores=self.average[None], fact_ids=("mean",))
 
     def facts(self, ids: Sequence[str]) -> Localization:
-        """The rows of the given facts."""
-        rows = [self.fact_ids.index(i) for i in ids]
+        """The rows of the given facts; raises ValueError, with near ids, for one that is not there."""
+        known = {fact: row for row, fact in enumerate(self.fact_ids)}
+        for fact in ids:
+            if fact not in known:
+                near = difflib.get_close_matches(fact, known, n=3) or self.fact_ids[:3]
+                raise ValueError(
+                    f"no fact {fact!r} among the {len(known)} localized ones; did you mean {', '.join(near)}?"
+                )
+        rows = [known[fact] for fact in ids]
         return replace(
             self, scores=self.scores[rows], fact_ids=tuple(ids), maps=tuple(m for m in self.maps if m.fact_id in ids)
         )
@@ -132,7 +143,7 @@ class Localization:
             self, sites=tuple(self.sites[i] for i in index), scores=self.scores[:, index], directions=directions
         )
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> DataFrame:
         """A long pandas data frame: fact, site, point, layer, position, unit, score."""
         import pandas as pd
 
@@ -157,7 +168,7 @@ class Localization:
 
         return load_localization(path)
 
-    def plot(self, fact: str | int | None = None) -> Any:
+    def plot(self, fact: str | int | None = None) -> Figure:
         """The heat map of one fact (by id or index) or of the mean; a ranking when there is no map. A matplotlib figure."""
         from excise.plots import plot_localization
 
@@ -268,7 +279,7 @@ class Results:
     def __add__(self, other: Results) -> Results:
         return Results({**self.scores, **other.scores}, {**self.modes, **other.modes}, {**self.recipe, **other.recipe})
 
-    def to_frame(self) -> Any:
+    def to_frame(self) -> DataFrame:
         """The table as a pandas data frame."""
         import dataclasses
 
@@ -276,19 +287,19 @@ class Results:
 
         return pd.DataFrame([dataclasses.asdict(r) for r in self.table()])
 
-    def plot(self) -> Any:
+    def plot(self) -> Figure:
         """Bars with intervals, arms side by side, one panel per evaluation. A matplotlib figure."""
         from excise.plots import plot_results
 
         return plot_results(self)
 
-    def plot_forms(self, evaluation: str = "recall", *, group: str = "forget") -> Any:
+    def plot_forms(self, evaluation: str = "recall", *, group: str = "forget") -> Figure:
         """An evaluation form by form, trained and held-out wordings apart, arms side by side. A matplotlib figure."""
         from excise.plots import plot_before_after
 
         return plot_before_after(self, evaluation, group=group)
 
-    def plot_layers(self, evaluation: str, *, measure: str = "", group: str = "forget") -> Any:
+    def plot_layers(self, evaluation: str, *, measure: str = "", group: str = "forget") -> Figure:
         """An evaluation layer by layer, one line and 95 % band per arm. A matplotlib figure.
 
         measure: one of its variants by layer; the first one when empty.

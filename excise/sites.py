@@ -52,6 +52,8 @@ class Site:
     column: int | None = None
 
     def __post_init__(self) -> None:
+        if "@" in self.point or "#" in self.point:
+            raise ValueError(f"{self.point!r} is more than a point: Site.parse({self.point!r}) reads a site's text")
         if isinstance(self.position, str) and self.position not in POSITION_RULES:
             raise ValueError(
                 f"site {self.point}: no position rule {self.position!r}; rules: {', '.join(POSITION_RULES)}"

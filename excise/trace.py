@@ -36,6 +36,7 @@ class Trace:
 
     values: for each site a tensor [n_rows, width], one row per token that its position rule picked.
     prompt: for each site, the prompt index of each row [n_rows]; rows come in prompt order, then token order.
+    `trace[site]` is the tensor of a site or of its text; raises KeyError, naming the sites, for one that was not read.
     """
 
     prompts: tuple[Prompt, ...]
@@ -43,7 +44,10 @@ class Trace:
     prompt: dict[Site, torch.Tensor]
 
     def __getitem__(self, site: Site | str) -> torch.Tensor:
-        return self.values[site if isinstance(site, Site) else Site.parse(site)]
+        wanted = site if isinstance(site, Site) else Site.parse(site)
+        if wanted not in self.values:
+            raise KeyError(f"{wanted} was not read; there are {', '.join(map(str, list(self.values)[:8]))}")
+        return self.values[wanted]
 
 
 def read(

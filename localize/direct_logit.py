@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def direct_logit(
     facts: Sequence[Fact],
     *,
     units: Sequence[str] = ("head", "mlp"),
-    contrast: str = "foil",
+    contrast: Literal["foil", "mean"] = "foil",
     form: str = "statement",
     known_only: bool = True,
     batch_tokens: int | None = None,

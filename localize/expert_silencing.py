@@ -44,6 +44,7 @@ def expert_site(model: Model, layer: int, expert: int) -> Site:
 
 
 def has_shared(model: Model, layer: int) -> bool:
+    """True when the block has an expert that serves every token beside the routed ones."""
     return f"blocks.{layer}.mlp.shared_expert.W_out" in model.names.weights(layer)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def fact_lookup(
     model: Model,
     facts: Sequence[Fact],
     *,
-    route: str = "path",
+    route: Literal["path", "probe"] = "path",
     units: Sequence[str] = ("mlp",),
     position: str = "subject_last",
     receiver: int | None = None,

@@ -10,6 +10,7 @@ the lines of all blocks climb through the model together. Such neurons follow su
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -125,8 +126,8 @@ def knowledge_neurons(
     facts: Sequence[Fact],
     *,
     steps: int = 8,
-    rule: str = "gauss",
-    metric: str = "probability",
+    rule: Literal["gauss", "uniform"] = "gauss",
+    metric: Literal["probability", "logprob", "logit_diff"] = "probability",
     refine: float | None = None,
     threshold: float = 0.2,
     forms: Sequence[str] = ("statement",),

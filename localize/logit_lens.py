@@ -7,6 +7,7 @@ only later blocks turn into words stays invisible: a lens that sees nothing is n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def logit_lens(
     facts: Sequence[Fact],
     *,
     components: Sequence[str] = ("attn", "mlp"),
-    metric: str = "logprob",
+    metric: Literal["logprob", "probability", "logit_diff", "rank"] = "logprob",
     position: str = "last",
     maps: bool = True,
     form: str = "statement",

@@ -24,6 +24,7 @@ from excise.registry import FOLDERS, Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 PACKAGES = ("excise", "localize", "edit", "evals", "sae")
 SECTIONS = {
     "localizer": ("Formula", "What comes back", "Cost", "When it fails", "Source"),
@@ -135,7 +136,7 @@ def test_nothing_is_fetched_and_no_link_is_dead(site: Path) -> None:
 
 def test_commands_in_the_pages_are_understood() -> None:
     asked = 0
-    for page in pages():
+    for page in [README, *pages()]:
         for block in blocks(page, "") + blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 line = re.split(r"\s{3,}|\s#", line.strip())[0]
@@ -145,8 +146,16 @@ def test_commands_in_the_pages_are_understood() -> None:
     assert asked > 15
 
 
+def test_the_readme_fits_two_screens_and_shows_the_cell_of_the_start_page() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 100
+    assert blocks(README, "python") == blocks(DOCS / "index.md", "python")[:1]
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (ROOT / target).is_file(), target
+
+
 def test_code_in_the_pages_is_python() -> None:
-    for page in pages():
+    for page in [README, *pages()]:
         for code in blocks(page, "python"):
             ast.parse(code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import time
@@ -80,6 +81,12 @@ def test_importing_the_package_is_light() -> None:
 def test_every_public_name_resolves() -> None:
     import excise
 
+    tree = ast.parse(Path(excise.__file__).read_text(encoding="utf-8"))
+    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
+    shown = {a.name: n.module for n in typed.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    # What a type checker or an editor sees, what `dir` lists, and what is there are the same names.
+    assert shown == {name: f"excise.{home}" for name, home in excise._HOME.items()}
+    assert excise.__all__ == sorted(shown) and set(shown) <= set(dir(excise))
     for name in excise.__all__:
         assert callable(getattr(excise, name)), name
     with pytest.raises(AttributeError, match="it has Arm"):

@@ -135,7 +135,7 @@ def test_requests_that_cannot_be_served_say_why():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), [("dense", 1001), ("moe", 3003)])
 def test_people_are_mostly_forgotten_at_a_price_and_a_random_subspace_forgets_nobody(name, seed):
-    """Weaker than a redirection, as the README's table says: others pay for it. It beats its random control all the same."""
+    """Weaker than a redirection, as docs/editor_table.md says: others pay for it. It beats its random control all the same."""
     model, known = load(f"testbed:{name}"), people_of(name, seed=seed, retain=40, neighbours=24)
     forget, retain = known.group("forget"), known.group("retain", "neighbour")
     edit = directional_ablation(model, forget, retain)

@@ -108,6 +108,8 @@ def test_compare_runs_everything_on_every_arm(model):
     assert results.value("edited", "asked").value != results.value("before", "asked").value
     with pytest.raises(KeyError, match="0 rows match"):
         results.value("before", "nothing")
+    with pytest.raises(ValueError, match="two arms are called 'before'"):
+        compare(model, {"before": some_edit(model)}, [asked], FACTS)
 
 
 def test_a_held_edit_stands_in_the_weights_and_leaves_to_the_bit(model):

@@ -99,6 +99,8 @@ def test_what_has_no_map_is_ranked_and_unknown_facts_are_named(localization: Loc
     assert plot_ranking(Localization((), np.zeros((1, 0)), ("f",)))
     with pytest.raises(ValueError, match="no map of fact 'x'; maps are of f0, f1"):
         plot_localization(localization, "x")
+    with pytest.raises(ValueError, match="no fact 'x' among the"):
+        plot_localization(flat, "x")
 
 
 def test_units_are_drawn_as_maps() -> None:

@@ -1,5 +1,9 @@
 """The registry: recipes, options, and what it refuses."""
 
+import inspect
+from collections.abc import Callable
+from typing import get_type_hints
+
 import pytest
 
 from excise import registry
@@ -29,6 +33,16 @@ def test_recipe_carries_the_options_and_what_the_method_reports(monkeypatch):
         and options["strength"].default == 0.5
     )
     assert registry._METHODS["editor", "cut"].summary == "Cut it."
+
+
+def test_a_method_keeps_its_signature_for_editors_and_type_checkers():
+    import edit
+
+    assert {"where", "copies", "seed"} <= inspect.signature(edit.rocr).parameters.keys()
+    for decorator in (registry.localizer, registry.editor):
+        hints = get_type_hints(decorator)
+        assert hints["function"] is hints["return"] is registry.F
+    assert get_type_hints(registry.evaluation)["return"] == Callable[[registry.F], registry.F]
 
 
 def test_wrong_parameters_are_refused():

@@ -9,7 +9,7 @@ from excise.model import Model
 from excise.names import UnknownName
 from excise.sites import Site
 from excise.stats import moments
-from excise.trace import patched, read, read_batch
+from excise.trace import Trace, patched, read, read_batch
 from tiny import tiny_model
 
 PROMPTS = [
@@ -61,6 +61,11 @@ def test_patching_is_felt_downstream_only(model):
 
 
 def test_unknown_names_are_errors_with_near_ones(model):
+    seen = Trace((), {Site("blocks.0.hook_resid_post", "last"): torch.ones(1, 2)}, {})
+    with pytest.raises(KeyError, match="was not read; there are blocks"):
+        seen["blocks.0.hook_resid_post"]
+    with pytest.raises(ValueError, match="more than a point"):
+        Site("blocks.0.hook_resid_post@last")
     with pytest.raises(UnknownName, match="hook_resid_post"):
         read(model, PROMPTS, ["blocks.1.hook_resid_pst@last"])
 
