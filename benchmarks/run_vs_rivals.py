@@ -47,7 +47,7 @@ from excise.search import SPACES
 from excise.testbed import facts, general_text, refusals
 from localize import causal_trace
 
-SEED, PEOPLE, RESAMPLES = 8001, 10, 2000
+SEED, PEOPLE, RESAMPLES = 8101, 10, 2000
 # Rivals with a term for what is to be kept.
 HOLDING = ("gradient_difference", "npo", "simnpo", "rmu")
 Sums = dict[str, dict[str, tuple[float, int]]]
