@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from excise.comparison import pairs
 from excise.registry import family
-from excise.scores import Results
+from excise.scores import Results, Score
 from excise.significance import benjamini_hochberg, sign_flip
 from excise.statistics import Interval, bootstrap_difference, wilson
 
@@ -81,6 +81,11 @@ def worst_variants(results: Results, arm: str, name: str) -> list[str]:
     # Of a curve over steps its best point counts, as for the oracle; the others would be the same attack again.
     best = [v for v in variants if v.endswith(BEST)]
     return [ANY] if ANY in variants else best or list(variants)
+
+
+def worst_of(scores: Sequence[Score]) -> Sequence[Score]:
+    """The worst cases over an attack's variants; all scores of an attack that has but one."""
+    return [s for s in scores if s.variant == ANY] or scores
 
 
 def _drawn(results: Results, who: Mapping[str, str], name: str, variant: str) -> tuple[Interval, float] | None:

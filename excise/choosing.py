@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from excise.arms import Arm
-from excise.attacks import is_attack
+from excise.attacks import is_attack, worst_of
 from excise.edits import Edit
 from excise.files import write_text
+from excise.findings import CHANCE, FOUND
 from excise.progress import say
 from excise.scores import Results, Score
 from excise.search import Search
-from excise.trials import CHANCE, Trial, best_of_each, distance, front, worst_of
+from excise.trials import Trial, best_of_each, distance, front
 
 # So many of the front are audited; as far as there are so many, they differ in more than their strengths.
 FINALISTS = 5
@@ -23,7 +24,7 @@ FINALISTS = 5
 FIGURES = {
     "forget": ("recall", ("forget",), ""),
     "kept": ("recall", ("retain", "neighbour", "general"), ""),
-    "lens": ("lens", ("forget",), "hit@5, any layer"),
+    "lens": ("lens", ("forget",), FOUND),
     "probe": ("probe", ("forget",), "refit, best layer"),
 }
 # Shares of the time after which the search ends, and the audit of the finalists.
@@ -77,13 +78,18 @@ def audit_figures(results: Results, arm: str) -> dict[str, float]:
     what attacks draw, on average over attacks. What was not measured is left out.
     """
     found: dict[str, float] = {}
-    for name, (evaluation, groups, variant) in FIGURES.items():
-        scores = results.scores.get((arm, evaluation), ())
-        values = [s.value for s in scores if s.group in groups and s.variant == variant and s.value is not None]
-        if values:
-            found[name] = sum(values) / len(values)
+    for name, of in FIGURES.items():
+        if (value := _mean(results, arm, *of)) is not None:
+            found[name] = value
     drawn = [v for name in results.evaluations if (v := _drawn(results.scores.get((arm, name), ()), name)) is not None]
     return found | ({"attacked": sum(drawn) / len(drawn)} if drawn else {})
+
+
+def _mean(results: Results, arm: str, evaluation: str, groups: Sequence[str], variant: str) -> float | None:
+    """Mean of what was measured of some groups in one variant; None where nothing was."""
+    scores = results.scores.get((arm, evaluation), ())
+    values = [s.value for s in scores if s.group in groups and s.variant == variant and s.value is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _drawn(scores: Sequence[Score], evaluation: str) -> float | None:
@@ -97,9 +103,7 @@ def _drawn(scores: Sequence[Score], evaluation: str) -> float | None:
 
 def by_chance(results: Results, arm: str) -> float:
     """What the lens finds in an arm of answers that are not the subject's; 0 where that was not measured."""
-    scores = results.scores.get((arm, "lens"), ())
-    values = [s.value for s in scores if s.group == "forget" and s.variant == CHANCE and s.value is not None]
-    return sum(values) / len(values) if values else 0.0
+    return _mean(results, arm, "lens", ("forget",), CHANCE) or 0.0
 
 
 def ideal(before: Mapping[str, float], chance: float = 0.0) -> dict[str, float]:

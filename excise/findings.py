@@ -26,7 +26,9 @@ FORMS = {
     "choice": "multiple choice",
     "reversed": "reversed questions",
 }
-INSIDE = (("lens", "hit@5, any layer", "the logit lens"), ("probe", "refit, best layer", "a linear probe"))
+# What the lens finds of the answers to forget, and of answers that are not the subject's.
+FOUND, CHANCE = "hit@5, any layer", "hit@5, others' answers"
+INSIDE = (("lens", FOUND, "the logit lens"), ("probe", "refit, best layer", "a linear probe"))
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _found_by(results: Results, who: Mapping[str, str], evaluation: str, variant
     references = (
         (who.get("oracle", ""), variant, "a model that never knew the facts"),
         (who["edited"], "shuffled, best layer", "answers dealt at random"),
-        (who["edited"], "hit@5, others' answers", "other subjects' answers"),
+        (who["edited"], CHANCE, "other subjects' answers"),
     )
     says = f"{tool[0].upper()}{tool[1:]} reads {_shown(after)}"
     arm, other, name = next((r for r in references if r[:2] in rows), ("", "", ""))

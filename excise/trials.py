@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from excise.arms import Arm
-from excise.attacks import ANY
+from excise.attacks import worst_of
 from excise.edits import Edit
 from excise.facts import Facts
+from excise.findings import CHANCE, FOUND
 from excise.model import Model
 from excise.registry import method
 from excise.scores import Score
@@ -18,8 +19,6 @@ from excise.scores import Score
 # Prompts per side that judge a trial.
 JUDGED = 96
 FIGURES = ("forget", "damage", "residual")
-# What the lens finds of the answers to forget, and of answers that are not the subject's.
-FOUND, CHANCE = "hit@5, any layer", "hit@5, others' answers"
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,7 @@ class Judge:
         """Share of some facts to forget that is said without the edit's hooks, or when an edited layer is skipped."""
         sites = [c.site for c in arm.edit.changes] if arm.edit is not None else []
         layers = tuple(sorted({s.layer for s in sites if s.layer is not None}))
-        parts = tuple(
-            p for p, mine in (("mlp", False), ("attention", True)) if any(mine is (".attn" in s.point) for s in sites)
-        )
+        parts = tuple(dict.fromkeys("attention" if ".attn" in s.point else "mlp" for s in sites))
         asked: dict[str, Any] = {"groups": ("forget",), "limit": JUDGED // 8, "seed": self.seed}
         found: list[Sequence[Score]] = []
         if arm.mode == "hook":
@@ -118,11 +115,6 @@ class Judge:
         )
         known = [s for s in scores if s.value is not None and not s.held_out]
         return {(s.group, s.fact, s.form, i): float(s.value or 0.0) for i, s in enumerate(known)}
-
-
-def worst_of(scores: Sequence[Score]) -> Sequence[Score]:
-    """The worst cases over an attack's variants; all scores of an attack that has but one."""
-    return [s for s in scores if s.variant == ANY] or scores
 
 
 def _mean(values: Sequence[float]) -> float:
