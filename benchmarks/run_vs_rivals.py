@@ -35,6 +35,7 @@ from excise.attacks import ANY, is_attack
 from excise.audit import DEFAULT
 from excise.chain import Inputs, Run, run
 from excise.choosing import FIGURES, audit_distance
+from excise.commands.run import TRIALS
 from excise.errors import ExciseError
 from excise.facts import Facts
 from excise.files import write_text
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three people, six tries, two rivals; ten minutes")
     parser.add_argument("--model", default="dense", choices=("dense", "moe"))
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument(
         "--folder", type=Path, help="keep the run, trained rivals and measurements there, and go on from them"
     )

@@ -164,7 +164,7 @@ def run(inputs: Inputs) -> Run:
     search = _search_record(inputs)
     with _timed(clock, "report"):
         samples = own_words(inputs, edit)
-        recipe = settings_of(inputs) | {k: v for k, v in results.recipe.items() if k == "left_out"}
+        left_out = {k: v for k, v in results.recipe.items() if k == "left_out"}
         report = write_report(
             inputs.out,
             facts=inputs.facts,
@@ -173,12 +173,12 @@ def run(inputs: Inputs) -> Run:
             edit=edit,
             results=results,
             verification=verification,
-            recipe=recipe,
+            recipe=settings_of(inputs) | left_out,
             samples=samples,
             search=search,
             features=_features(inputs, edit),
         )
-    write_run(inputs, clock, verification, samples)
+    write_run(inputs, clock, verification, samples, left_out)
     return Run(inputs, localization, edit, verification, results, report, clock, search)
 
 
@@ -191,29 +191,26 @@ def _same_run(inputs: Inputs) -> bool:
 
 
 def _localize(inputs: Inputs) -> Localization:
-    file = inputs.out / "localization.safetensors"
-    if file.is_file():
-        return Localization.load(file)
-    facts = in_turn(inputs.facts.group("forget"), TRACED)
-    say(f"tracing {len(facts)} of {len(inputs.facts.group('forget'))} forget facts")
-    found: Localization = _call("localizer", inputs.localizer, inputs, inputs.model, facts)
-    found.save(file)
-    return found
+    return _traced(inputs, inputs.localizer, inputs.out / "localization.safetensors")
 
 
 def _mapped(inputs: Inputs) -> Localization | None:
     """A map over tokens and layers to look at, in the time of a few passes; None where none can be drawn."""
-    file = inputs.out / MAP
-    if file.is_file():
-        return Localization.load(file)
-    facts = in_turn(inputs.facts.group("forget"), TRACED)
     try:
-        found: Localization = _call("localizer", "attribution_patching", inputs, inputs.model, facts)
+        found = _traced(inputs, "attribution_patching", inputs.out / MAP)
     except ExciseError as error:
         say(f"no map over tokens: {error}")
         return None
-    if not found.maps:
-        return None
+    return found if found.maps else None
+
+
+def _traced(inputs: Inputs, localizer: str, file: Path) -> Localization:
+    """What a localizer finds of the forget facts, kept in the file."""
+    if file.is_file():
+        return Localization.load(file)
+    facts = in_turn(inputs.facts.group("forget"), TRACED)
+    say(f"{localizer} on {len(facts)} of {len(inputs.facts.group('forget'))} forget facts")
+    found: Localization = _call("localizer", localizer, inputs, inputs.model, facts)
     found.save(file)
     return found
 

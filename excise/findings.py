@@ -107,16 +107,18 @@ def collateral(results: Results, who: Mapping[str, str]) -> Finding:
         return Finding(question, "unmeasured", "Nothing that should stay was measured.")
     harmed = [p for p in parts if p[1].high < -p[2]]
     open_ = [p for p in parts if p not in harmed and p[1].low < -p[2]]
-    listed = "; ".join(_change(name, change) for name, change, _ in harmed or open_ or parts)
+    told = harmed or open_ or parts
+    listed = "; ".join(_change(name, change) for name, change, _ in told)
+    bound = " or ".join(dict.fromkeys(f"{b} nats" if b == UNHEARD else f"{b:.0%}" for *_, b in told))
     if harmed:
-        return Finding(question, "bad", f"No. Worse by more than {HARMLESS:.0%}: {listed}.")
+        return Finding(question, "bad", f"No. Worse by more than {bound}: {listed}.")
     if open_:
         return Finding(
             question,
             "unclear",
-            f"Not shown: a loss above {HARMLESS:.0%} cannot be excluded. {listed[0].upper()}{listed[1:]}.",
+            f"Not shown: a loss above {bound} cannot be excluded. {listed[0].upper()}{listed[1:]}.",
         )
-    return Finding(question, "good", f"Yes, within {HARMLESS:.0%}. {listed[0].upper()}{listed[1:]}.")
+    return Finding(question, "good", f"Yes, within {bound}. {listed[0].upper()}{listed[1:]}.")
 
 
 def _loss(results: Results, who: Mapping[str, str]) -> tuple[str, Interval, float] | None:
@@ -128,7 +130,7 @@ def _loss(results: Results, who: Mapping[str, str]) -> tuple[str, Interval, floa
     nats = paired(results, "drift", who["edited"], who["before"], "general", variants=("loss", "loss"))
     if nats is not None and then is not None and then.value * HARMLESS < UNHEARD:
         return (
-            f"loss on general text (nats per token, of which {UNHEARD} harm nothing)",
+            "loss on general text (nats per token)",
             Interval(-nats.value, -nats.high, -nats.low),
             UNHEARD,
         )

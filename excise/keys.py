@@ -18,6 +18,7 @@ from torch import Tensor
 from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.experts import expert_neurons
+from excise.memo import reading
 from excise.trace import _Enough, patched
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def _by_expert(layer: int, consumer: Consumer) -> Callable[[Tensor, Tensor, Tens
     return look
 
 
+@reading
 def read_keys(
     model: Model,
     prompts: Sequence[Prompt],

@@ -18,6 +18,7 @@ from excise.encoding import Batch
 from excise.errors import ExciseError
 from excise.facts import Prompt
 from excise.keys import read_keys
+from excise.memo import reading
 from excise.mentions import Mention, fictitious, relatives
 from excise.model import Model
 from excise.scores import Localization
@@ -109,6 +110,7 @@ def _share(model: Model) -> int:
     return max(1, model.batch_tokens // 2)
 
 
+@reading
 def patch_effect(model: Model, redirection: Redirection, asked: Sequence[Prompt], layer: int) -> float:
     """Mean drop of the answers' log-probability when every name gets its target state after block `layer`.
 

@@ -1,8 +1,9 @@
 """The search: several editors over a few sites, options and strengths, each trial judged by three cheap figures.
 
 Which trial comes next is Optuna's choice (tree-structured Parzen estimators for several objectives), by seed; every
-editor's defaults are tried first, then the defaults with one choice made otherwise. A finished trial is two files, its edit
-and its figures: a search that was interrupted goes on from them, and with the same seed tries the same things.
+editor's defaults are tried first, then the defaults with one choice made otherwise, then the best of those stronger as
+long as that helps. What is read of the model is kept between trials. A finished trial is two files, its edit and its figures: a
+search that was interrupted goes on from them, and with the same seed tries the same things.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from excise.errors import ExciseError
 from excise.facts import Facts
 from excise.files import write_text
 from excise.measure import digest, facts_digest
+from excise.memo import readings_kept
 from excise.model import Model
 from excise.progress import bar, say
 from excise.redirection import candidate_blocks
 from excise.registry import method
 from excise.scores import Localization
-from excise.trials import FIGURES, Judge, Trial, best_of_each
+from excise.trials import FIGURES, Judge, Trial, best_of_each, distance
 
 # What is tried of each editor: values to choose from, or the ends of a range on a log scale. Its own default comes first
 # where it is among them, else the first value.
@@ -46,8 +48,8 @@ SPACES: dict[str, Space] = {
 # several, so it is left to choose. The others find their own places.
 GUIDED = ("rocr", "rome", "memit", "alphaedit")
 PLACED = ("lunar", "rome", "memit", "alphaedit")
-# An edit is multiplied by a strength between these.
-STRENGTHS = (0.7, 1.4)
+# An edit is multiplied by a strength between these; so many are made stronger step by step, by so much each time.
+STRENGTHS, STRONGER, STEP = (0.7, 2.0), 6, 1.3
 # What a try that made no edit is told the optimiser as.
 WORST = (1.0, 1.0, 1.0)
 # Blocks that are tried one by one, and pairs of good edits that are added up at the end.
@@ -78,6 +80,10 @@ class Search:
         Raises ExciseError when no editor applies.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with readings_kept():
+            return self._run(trials, ends)
+
+    def _run(self, trials: int, ends: float) -> list[Trial]:
         done: list[Trial] = []
         # Not one before the clock is looked at, and never none: without a trial there is nothing to choose.
         for editor in bar(self.editors[:trials], what="trying every editor"):
@@ -89,6 +95,7 @@ class Search:
         for other in bar(self._others(able)[: max(0, trials - len(done))], what="trying their choices"):
             if time.monotonic() < ends:
                 done.append(self._trial(len(done), *other))
+        self._strengthen(done, trials, ends)
         study = self._study([t for t in done if t.figures])
         for _ in bar(range(max(0, trials - len(done))), what="trying"):
             if time.monotonic() >= ends:
@@ -102,6 +109,20 @@ class Search:
             if time.monotonic() < ends:
                 done.append(self._trial(len(done), "sum", {"of": [a.name, b.name], "keys": [a.key, b.key]}, None, 1.0))
         return done
+
+    def _strengthen(self, done: list[Trial], trials: int, ends: float) -> None:
+        """Try those nearest to the target stronger, each as long as that brings it nearer."""
+        for trial in sorted((t for t in done if t.figures), key=self._away)[:STRONGER]:
+            weaker = trial
+            while weaker.strength * STEP <= STRENGTHS[1] and len(done) < trials and time.monotonic() < ends:
+                found = self._trial(len(done), trial.editor, dict(trial.options), trial.block, weaker.strength * STEP)
+                done.append(found)
+                if self._away(found) >= self._away(weaker):
+                    break
+                weaker = found
+
+    def _away(self, trial: Trial) -> float:
+        return distance(trial.figures or WORST, self.judge.target)
 
     def edit(self, trial: Trial) -> Edit:
         """The edit of a finished trial."""
@@ -145,10 +166,10 @@ class Search:
         for trial in able:
             space: dict[str, Any] = {"editor": kinds.CategoricalDistribution(names)}
             space |= {"strength": kinds.FloatDistribution(*STRENGTHS, log=True)}
-            params = {"editor": trial.editor, "strength": 1.0}
+            params: dict[str, Any] = {"editor": trial.editor, "strength": trial.strength}
             if trial.editor in PLACED:
                 space[f"{trial.editor}.block"] = kinds.CategoricalDistribution(self._blocks)
-                params[f"{trial.editor}.block"] = None
+                params[f"{trial.editor}.block"] = trial.block
             for name, values in SPACES.get(trial.editor, {}).items():
                 key, ends = f"{trial.editor}.{name}", isinstance(values, tuple)
                 space[key] = (
@@ -181,7 +202,7 @@ class Search:
     # --- trying it
 
     def _trial(self, number: int, editor: str, options: dict[str, Any], block: int | None, strength: float) -> Trial:
-        key = digest(self._about, editor, options, block, strength)
+        key = self._key(editor, options, block, strength)
         file = self.folder / f"{key}.json"
         if file.is_file():
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -203,6 +224,8 @@ class Search:
         if editor == "sum":
             a, b = (Edit.load(self._file(key)) for key in options["keys"])
             return a + b
+        if (made := self._file(self._key(editor, options, block, 1.0))).is_file():
+            return Edit.load(made)
         chosen = method("editor", editor)
         given = {"seed": self.seed, "texts": self.texts or None}
         shared = {o.name: given[o.name] for o in chosen.options if o.name in given}
@@ -211,6 +234,9 @@ class Search:
             where = Localization.of([f"blocks.{block}.hook_resid_post@{rule}" for rule in ("subject_last", "last")])
         found: Edit = chosen.function(self.model, self.forget, self.retain, where, **{**shared, **options})
         return found
+
+    def _key(self, *tried: Any) -> str:
+        return digest(self._about, *tried)
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

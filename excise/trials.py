@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from excise.arms import Arm
@@ -16,8 +17,8 @@ from excise.model import Model
 from excise.registry import method
 from excise.scores import Score
 
-# Prompts per side that judge a trial.
-JUDGED = 96
+# Prompts per side that judge a trial; of each form those that the lens looks at: its share jumps from few.
+JUDGED, LOOKED = 96, 64
 FIGURES = ("forget", "damage", "residual")
 
 
@@ -85,14 +86,18 @@ class Judge:
     def figures(self, arm: Arm) -> tuple[float, float, float]:
         """The three figures of an arm."""
         now = self._probabilities(arm)
-        then = self._probabilities(self.before)
+        then = self._then
         forget = [v for k, v in now.items() if k[0] == "forget"]
         lost = [max(0.0, then[k] - v) for k, v in now.items() if k[0] != "forget"]
         seen = method("evaluation", "lens").function(
-            arm, self.facts.group("forget"), before=self.before, groups=("forget",), limit=JUDGED // 8, seed=self.seed
+            arm, self.facts.group("forget"), before=self.before, groups=("forget",), limit=LOOKED, seed=self.seed
         )
         hits, others = ([s.value for s in seen if s.variant == v and s.value is not None] for v in (FOUND, CHANCE))
         return _mean(forget), _mean(lost), max(0.0, _mean(hits) - _mean(others), self._back(arm))
+
+    @cached_property
+    def _then(self) -> dict[tuple[Any, ...], float]:
+        return self._probabilities(self.before)
 
     def _back(self, arm: Arm) -> float:
         """Share of some facts to forget that is said without the edit's hooks, or when an edited layer is skipped."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from excise.registry import Kind
 
 # Tries of a search: about four minutes of two cores on a model of the embedded ones' size.
-TRIALS = 24
+TRIALS = 40
 # With fewer prompts about what is to be forgotten, 0 of n excludes little: 0 of 20 is [0, 0.16].
 FEW = 20
 

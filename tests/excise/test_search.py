@@ -53,7 +53,7 @@ class Size:
     target, model, facts = (0.0, 0.0, 0.0), None, FACTS
 
     def __call__(self, edit):
-        size = float(sum(c.action.left.abs().sum() for c in edit.changes))
+        size = float(sum(c.norm for c in edit.changes))
         return max(0.0, 1 - size / 2), size / 10, 0.5
 
 
@@ -73,14 +73,23 @@ def search(tmp_path, monkeypatch):
 
 
 def test_defaults_come_first_and_what_does_not_apply_is_not_tried_again(search):
-    done = search.run(12)
+    done = search.run(20)
     assert [t.editor for t in done[:3]] == ["good", "weak", "unfit"] and done[2].reason == "no experts here"
     assert done[3].options == {"ridge": 0.3, "copies": 2} and done[3].strength == 1, (
         "each choice is made otherwise once"
     )
     assert done[0].options == {"ridge": 0.3, "copies": 1} and done[0].block is None and done[0].strength == 1
-    assert "unfit" not in {t.editor for t in done[3:]} and len([t for t in done if t.editor != "sum"]) == 12
+    assert "unfit" not in {t.editor for t in done[3:]} and len([t for t in done if t.editor != "sum"]) == 20
     assert any(w and "subject_last" in w[0] for _, *rest in MADE for w in rest[1:]), "blocks are tried one by one"
+
+
+def test_the_best_are_made_stronger_as_long_as_that_helps(search, monkeypatch):
+    monkeypatch.setattr("excise.search.STRENGTHS", (0.7, 4.0))
+    steps = [(t.editor, t.strength) for t in search.run(15)[4:15]]
+    good = [("good", pytest.approx(1.3**i)) for i in (1, 2, 3)]  # the third disturbs more than it forgets
+    weak = [("weak", pytest.approx(1.3**i)) for i in (1, 2, 3, 4, 5)]  # the sixth would be too strong
+    assert steps == [*good, *good, *weak]
+    assert [name for name, *_ in MADE] == ["good", "weak", "good"], "an edit is multiplied, not made again"
 
 
 def test_the_same_seed_tries_the_same_and_makes_nothing_twice(search):
@@ -88,7 +97,7 @@ def test_the_same_seed_tries_the_same_and_makes_nothing_twice(search):
     made = len(MADE)
     again = search.run(8)
     assert again == first and len(MADE) == made
-    more = search.run(10)
+    more = search.run(14)
     assert [t for t in more if t.editor != "sum"][:8] == [t for t in first if t.editor != "sum"] and len(MADE) > made
 
 
