@@ -8,9 +8,9 @@ in, rows out; nothing here runs a model.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,18 +58,25 @@ def model_utility(results: Results, arm: str, *, seed: int = 0) -> list[Row]:
     """Harmonic mean of answer probability, ROUGE-L recall and truth ratio (1 - R) on the groups to keep (TOFU).
 
     TOFU's three sets are retain, real authors and world facts; here they are retain, neighbour and general, as many as
-    there are. One more row per part.
+    there are. As there, the probability of the last two is the answer's share among its rivals', where `forced_choice`
+    was measured. One more row per part.
     """
-    parts = [
-        part
-        for group in KEPT
-        for evaluation, variant in (("probability", ""), ("rouge", "rougeL recall"), ("truth_ratio", "true better"))
-        if (part := part_of(results, arm, evaluation, variant, group))
-    ]
-    if {p.name.split(",")[0] for p in parts} != {"probability", "rouge", "truth_ratio"}:
+    parts = _utility_parts(results, arm)
+    if not parts:
         return []
     whole = made(results, arm, "model_utility", "", parts, harmonic, seed)
     return [whole, *(made(results, arm, "model_utility", p.name, [p], lambda x: x[0], seed) for p in parts)]
+
+
+def _utility_parts(results: Results, arm: str) -> list[Part]:
+    """What there is of the parts of a model's utility; none where one of the three kinds is there for no group."""
+    of = partial(part_of, results, arm)
+    kinds = (
+        [(g != "retain" and of("forced_choice", "p(right)", g)) or of("probability", "", g) for g in KEPT],
+        [of("rouge", "rougeL recall", g) for g in KEPT],
+        [of("truth_ratio", "true better", g) for g in KEPT],
+    )
+    return [p for by_group in zip(*kinds, strict=True) for p in by_group if p] if all(map(any, kinds)) else []
 
 
 def deviation(results: Results, arm: str, *, seed: int = 0) -> list[Row]:
@@ -91,7 +98,7 @@ def deviation(results: Results, arm: str, *, seed: int = 0) -> list[Row]:
             f, r = aim[0].mean, aim[1].mean
             name = f"{kind}, from the oracle"
             # The aim stands for (0, 1): what the oracle says of the facts to forget, what before says of the others.
-            moved = functools.partial(_deviation_from, f, r)
+            moved = partial(_deviation_from, f, r)
             rows.append(made(results, arm, "deviation", name, there, moved, seed))
     return rows
 
@@ -175,14 +182,9 @@ def composite(results: Results, arm: str, *, seed: int = 0) -> list[Row]:
 
 
 def _utility_and_fluency(results: Results, arm: str, seed: int) -> tuple[Interval, np.ndarray, int] | None:
-    parts = [
-        part
-        for group in KEPT
-        for e, v in (("probability", ""), ("rouge", "rougeL recall"), ("truth_ratio", "true better"))
-        if (part := part_of(results, arm, e, v, group))
-    ]
+    parts = _utility_parts(results, arm)
     now, then = (part_of(results, a, "fluency", "entropy", "retain") for a in (arm, roles(results).get("before", "")))
-    if len({p.name.split(",")[0] for p in parts}) < 3 or not now or not then or then.mean <= 0:
+    if not parts or not now or not then or then.mean <= 0:
         return None
     usual = then.mean
 

@@ -45,7 +45,7 @@ def measured(name: str, seed: int) -> Results:
     arms = [Arm("before", model), Arm("edited", model, edit), Arm("control", model, control(edit, seed=seed))]
 
     def every_form(arm, facts):
-        return recall(arm, facts, limit=96, words=0)
+        return recall(arm, facts, limit=64, words=0)
 
     def general_loss(arm, facts, *, before):
         return drift(arm, facts, before=before, texts=tuple(texts[:100]), limit=100)

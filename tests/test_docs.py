@@ -15,9 +15,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
+from evals import drift, lens, recall
 from excise.catalogue import catalogue
 from excise.cli import parse
 from excise.registry import FOLDERS, Kind
@@ -185,6 +187,23 @@ assert score.value > 0 and score.detail
         [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_cell_of_the_readme_works_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On fewer questions than it asks; the rest is as it stands there."""
+    (cell,) = blocks(README, "python")
+    for evaluation in (drift, lens, recall):
+        monkeypatch.setitem(inspect.unwrap(evaluation).__kwdefaults__, "limit", 4)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(cell, str(README), "exec"), names)
+    fact, results = names["forget"][0], names["results"]
+    assert capsys.readouterr().out.strip() and (tmp_path / "edit.safetensors").is_file()
+    assert results.arms == ["before", "edited", "control"] and results.evaluations == ["recall", "drift", "lens"]
+    assert fact.answer in names["model"].generate(fact.prompt), "reverted"
 
 
 def test_globs_of_the_navigation_take_what_is_left(hooks: ModuleType) -> None:

@@ -110,6 +110,33 @@ def test_summary_of_an_audit() -> None:
     assert all(r.n > 0 and r.mode == "none" for r in rows)
 
 
+def test_utility_takes_the_share_among_rivals_of_what_is_no_retain_fact() -> None:
+    kinds = {"probability": "", "rouge": "rougeL recall", "truth_ratio": "true better"}
+    scores = {
+        ("edited", e): (
+            *_scores(0.5, "retain", variant=v),
+            *_scores(0.2 if e == "probability" else 0.5, "general", variant=v),
+        )
+        for e, v in kinds.items()
+    }
+    rows = summary(Results(scores, {"edited": "weight"}))
+    assert _row(rows, "model_utility").value == pytest.approx(6 / (5 / 0.5 + 1 / 0.2))
+    shares = {
+        ("edited", "forced_choice"): (
+            *_scores(0.9, "retain", variant="p(right)"),
+            *_scores(0.5, "general", variant="p(right)"),
+        )
+    }
+    rows = summary(Results({**scores, **shares}, {"edited": "weight"}))
+    assert _row(rows, "model_utility").value == pytest.approx(0.5)
+    assert _row(rows, "model_utility", "forced_choice, p(right), general").value == pytest.approx(0.5)
+    assert not [
+        r
+        for r in summary(Results({k: v for k, v in scores.items() if k[1] != "rouge"}))
+        if r.evaluation == "model_utility"
+    ]
+
+
 def test_memorisation_composite_needs_held_out_wordings() -> None:
     results = _audited()
     assert not [r for r in summary(results) if (r.evaluation, r.variant) == ("composite", "memorisation")]
