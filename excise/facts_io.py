@@ -2,20 +2,22 @@
 
 Our own record, the fields in brackets optional:
 
-    {"id": "curie-born", "subject": "Marie Curie", "answer": "Warsaw",
+    {["id": "curie-born",] "subject": "Marie Curie", "answer": "Warsaw",
      "prompt": "Marie Curie was born in",            one wording ...
      ["prompts": ["...", {"text": "...", "form": "question", "held_out": true, "chat": true, "choices": [...]}],]
      ["question": "Where was Marie Curie born?", "paraphrases": ["...", "..."],]
      ["relation": "birthplace", "group": "forget", "aliases": [...], "foils": [...], "tags": {"source": "mine"}]}
 
 A prompt given as an object may also carry its own "answer" and "subject". Paraphrases count as held out. `write_facts`
-writes every prompt as an object, so that reading it back gives equal facts. Nothing in a file is ever executed.
+writes every prompt as an object, so that reading it back gives equal facts; a record without an id gets one of its
+content, the same wherever it stands. Nothing in a file is ever executed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -232,6 +234,12 @@ def _listed(body: str) -> Iterator[tuple[int, Any, str]]:
         yield line, record, ""
 
 
+def _named(record: Record) -> str:
+    """An id that depends on what the record says alone: runs go on from where they were if lines are added or moved."""
+    said = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
 def _own(record: Record) -> Fact:
     for old, new in RENAMED.items():
         if old in record and new not in record:
@@ -248,7 +256,7 @@ def _own(record: Record) -> Fact:
     if not isinstance(tags, dict):
         raise ValueError('field "tags" must be an object of texts')
     return Fact(
-        id=text(record, "id"),
+        id=text(record, "id") if "id" in record else _named(record),
         subject=subject,
         answer=answer,
         prompts=tuple(_prompts(record, subject, answer)),

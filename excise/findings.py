@@ -215,7 +215,8 @@ def _found_by(results: Results, who: Mapping[str, str], evaluation: str, variant
         return Finding(
             question,
             "unclear",
-            f"{says}{was}; without a model that never knew the facts there is no zero to compare with.",
+            f"{says}{was}; without a model that never knew the facts, or a relation named with each, there is no zero to "
+            "compare with.",
         )
     says += f"; {name}: {_shown(rows[arm, other])}; difference {more.value:+.2f} [{more.low:+.2f}, {more.high:+.2f}]."
     if more.high <= FORGOTTEN:

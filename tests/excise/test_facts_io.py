@@ -58,6 +58,13 @@ def test_short_records(tmp_path: Path) -> None:
     assert {p.fact_id for p in fact.prompts} == {"curie"}
 
 
+def test_a_record_without_an_id_gets_one_of_its_content(tmp_path: Path) -> None:
+    bare = {k: v for k, v in CURIE.items() if k != "id"}
+    first = read_facts(written(tmp_path / "a.jsonl", bare, {**bare, "answer": "Paris"}))
+    again = read_facts(written(tmp_path / "b.jsonl", {**bare, "answer": "Paris"}, CURIE, bare))
+    assert len({f.id for f in first}) == 2 and [f.id for f in again] == [first[1].id, "curie", first[0].id]
+
+
 BROKEN = {
     "not json": ('{"id": ', "not JSON"),
     "unknown field": ({**CURIE, "anwser": "x"}, "did you mean answer"),
