@@ -2,11 +2,12 @@
 
     python benchmarks/audit_table.py [--quick] [--model dense moe] [--keep FOLDER] [--out docs/audit_table.md]
 
-Arms: the model before, edits at their defaults (ROCR, also in two copies, LUNAR, MEMIT), ROCR's random twin, six trained rivals with as many
-seconds each as the slowest edit took (at least 20), a prompt that asks to be silent, a filter of what is said,
+Arms: the model before, edits at their defaults (ROCR, also in two copies, LUNAR, MEMIT), ROCR's random twin, six trained
+rivals with as many seconds each as the slowest edit took (at least 20), a prompt that asks to be silent, a filter of what is said,
 and the oracle, taught the same without those people. All forms of a question are pooled and facts of all people weigh
 alike; intervals draw people with all their questions anew. Attacks count by a fact's worst case over their variants.
-Distance: that of `run_vs_rivals.py`. With --keep every finished item is kept there, and a further call goes on from it.
+Distance: that of `run_vs_rivals.py`. Seconds were taken beside other work; `audit_cost.py` measures times. With --keep
+every finished item is kept there, and a further call goes on from it.
 """
 
 from __future__ import annotations
