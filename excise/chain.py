@@ -191,27 +191,34 @@ def _same_run(inputs: Inputs) -> bool:
 
 
 def _localize(inputs: Inputs) -> Localization:
-    return _traced(inputs, inputs.localizer, inputs.out / "localization.safetensors")
+    file = inputs.out / "localization.safetensors"
+    if file.is_file():
+        return Localization.load(file)
+    found = _traced(inputs, inputs.localizer)
+    found.save(file)
+    return found
 
 
 def _mapped(inputs: Inputs) -> Localization | None:
     """A map over tokens and layers to look at, in the time of a few passes; None where none can be drawn."""
+    file = inputs.out / MAP
+    if file.is_file():
+        return Localization.load(file)
     try:
-        found = _traced(inputs, "attribution_patching", inputs.out / MAP)
+        found = _traced(inputs, "attribution_patching")
     except ExciseError as error:
         say(f"no map over tokens: {error}")
         return None
-    return found if found.maps else None
+    if not found.maps:
+        return None
+    found.save(file)
+    return found
 
 
-def _traced(inputs: Inputs, localizer: str, file: Path) -> Localization:
-    """What a localizer finds of the forget facts, kept in the file."""
-    if file.is_file():
-        return Localization.load(file)
+def _traced(inputs: Inputs, localizer: str) -> Localization:
     facts = in_turn(inputs.facts.group("forget"), TRACED)
     say(f"{localizer} on {len(facts)} of {len(inputs.facts.group('forget'))} forget facts")
     found: Localization = _call("localizer", localizer, inputs, inputs.model, facts)
-    found.save(file)
     return found
 
 

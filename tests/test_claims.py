@@ -88,7 +88,7 @@ class TestForgettingPeople:
                 ids = {f.id for f in part.group(group)}
                 scores = measured(name, seed).scores["edited", "every_form"]
                 mine = [s.value for s in scores if s.fact in ids and s.form in (*GENERATIVE_FORMS, "choice")]
-                assert len(mine) >= 200 and sum(mine) / len(mine) >= floor, (group, sum(mine) / len(mine), len(mine))
+                assert len(mine) >= 120 and sum(mine) / len(mine) >= floor, (group, sum(mine) / len(mine), len(mine))
 
     def test_general_loss_stays(self, name, seed):
         (row,) = rows(measured(name, seed), "edited", "general_loss", "general", variant="relative change")

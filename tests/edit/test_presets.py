@@ -240,14 +240,13 @@ def said(model, known, edit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "moe"])
 @pytest.mark.parametrize(
-    ("preset", "value", "left"),
+    ("preset", "value", "left", "name"),
     [
-        ("rome", "optimised", 0.2),
-        ("rome", "fictitious", 0.05),
-        ("memit", "optimised", 0.2),
-        ("alphaedit", "optimised", 0.15),
+        ("rome", "optimised", 0.2, "moe"),
+        ("rome", "fictitious", 0.05, "dense"),
+        ("memit", "optimised", 0.2, "dense"),
+        ("alphaedit", "optimised", 0.15, "moe"),
     ],
 )
 def test_people_are_overwritten_and_others_stay(preset, value, left, name):
