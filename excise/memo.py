@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
-from excise.model import tensor_fingerprint
-
 if TYPE_CHECKING:
     from excise.model import Model
 
@@ -30,7 +28,6 @@ class _Memo:
     def __init__(self, most: int) -> None:
         self.most, self.size = most, 0
         self.found: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
-        self.prints: dict[int, tuple[Any, str]] = {}
 
     def get(self, key: Any, take: Callable[[], Any]) -> Any:
         if key in self.found:
@@ -42,20 +39,6 @@ class _Memo:
         while self.size > self.most:
             self.size -= self.found.popitem(last=False)[1][1]
         return value
-
-    def state(self, model: Model) -> tuple[Any, ...]:
-        """What the model is now; torch counts writes, so that values are looked at again only after one, and it gives no
-        number to a second hook.
-        """
-        values = tuple(self._print(p) for p in model.hf.parameters())
-        hooks = tuple(h for m in model.hf.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks))
-        return id(model), values, hooks
-
-    def _print(self, parameter: Tensor) -> str:
-        written = (parameter.data_ptr(), parameter._version)
-        if parameter.is_meta or self.prints.get(id(parameter), (None, ""))[0] != written:
-            self.prints[id(parameter)] = written, "" if parameter.is_meta else tensor_fingerprint(parameter)
-        return self.prints[id(parameter)][1]
 
 
 _MEMO: ContextVar[_Memo | None] = ContextVar("memo", default=None)
@@ -79,7 +62,7 @@ def reading(function: Callable[Concatenate[Model, Given], Found]) -> Callable[Co
         memo = _MEMO.get()
         if memo is None:
             return function(model, *args, **options)
-        key = (function.__qualname__, memo.state(model), _frozen(args), _frozen(options))
+        key = (function.__qualname__, model.state, _frozen(args), _frozen(options))
         found: Found = memo.get(key, lambda: function(model, *args, **options))
         return found
 

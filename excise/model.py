@@ -162,12 +162,22 @@ class Model:
 
         A matrix whose slice an applied edit has swapped answers for its unedited self.
         """
-        if name in self.originals:
-            return self.originals[name]
-        view = self.weight(name)
-        state = (view.data_ptr(), view._version)  # every in-place write raises the version
+        return self.originals[name] if name in self.originals else self._hashed(name, self.weight(name))
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What tells the model as it is now, to the bit, from itself under an edit: all values, and all hooks, to each of
+        which torch gives a number of its own. Offloaded parameters count as unchanged.
+        """
+        values = tuple("" if p.is_meta else self._hashed(n, p) for n, p in self.hf.named_parameters())
+        hooks = tuple(h for m in self.hf.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks))
+        return id(self), values, hooks
+
+    def _hashed(self, name: str, tensor: torch.Tensor) -> str:
+        """The tensor's fingerprint, taken anew only after a write."""
+        state = (tensor.data_ptr(), tensor._version)  # every in-place write raises the version
         if self._hashes.get(name, ((0, -1), ""))[0] != state:
-            self._hashes[name] = (state, tensor_fingerprint(view))
+            self._hashes[name] = (state, tensor_fingerprint(tensor))
         return self._hashes[name][1]
 
     @property

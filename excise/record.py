@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,13 +81,13 @@ def write_run(
     clock: Mapping[str, float],
     verification: Verification | None,
     samples: Sequence[Mapping[str, str]] = (),
-    found: Mapping[str, Any] = MappingProxyType({}),
+    found: Mapping[str, Any] | None = None,
 ) -> None:
     """Write run.json; `verification` is None while the run is going on; found: what else the report is to say."""
     record = {
         "key": inputs.key,
         **settings_of(inputs),
-        **found,
+        **(found or {}),
         "device": str(inputs.model.device),
         "threads": torch.get_num_threads(),
         "seconds": {k: round(v, 2) for k, v in clock.items()},

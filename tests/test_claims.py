@@ -45,7 +45,7 @@ def measured(name: str, seed: int) -> Results:
     arms = [Arm("before", model), Arm("edited", model, edit), Arm("control", model, control(edit, seed=seed))]
 
     def every_form(arm, facts):
-        return recall(arm, facts, limit=64, words=0)
+        return recall(arm, facts, limit=96, words=0)
 
     def general_loss(arm, facts, *, before):
         return drift(arm, facts, before=before, texts=tuple(texts[:100]), limit=100)
@@ -88,7 +88,7 @@ class TestForgettingPeople:
                 ids = {f.id for f in part.group(group)}
                 scores = measured(name, seed).scores["edited", "every_form"]
                 mine = [s.value for s in scores if s.fact in ids and s.form in (*GENERATIVE_FORMS, "choice")]
-                assert len(mine) >= 120 and sum(mine) / len(mine) >= floor, (group, sum(mine) / len(mine), len(mine))
+                assert len(mine) >= 200 and sum(mine) / len(mine) >= floor, (group, sum(mine) / len(mine), len(mine))
 
     def test_general_loss_stays(self, name, seed):
         (row,) = rows(measured(name, seed), "edited", "general_loss", "general", variant="relative change")

@@ -165,3 +165,27 @@ def test_localize_to_parquet(cli: Cli, model_folder: Path, facts_file: Path, tmp
                  "--out", tmp_path / "e.safetensors", "--format", "json")  # fmt: skip
     assert edited.code == 0, edited.err
     assert edited.json["verified"] is True
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_table(cli: Cli, model_folder: Path, facts_file: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    words = (
+        "localize",
+        "causal-trace",
+        "--no-known-only",
+        "--model",
+        model_folder,
+        "--facts",
+        facts_file,
+        "--group",
+        "all",
+    )
+    assert cli(*words, "--out", tmp_path / "one").code == 0
+    said = cli(*words, "--out", tmp_path / "two", "--workers", 2, "--format", "json")
+    assert said.code == 0, said.err
+    one, two = (pq.read_table(tmp_path / name / "localization.parquet").to_pylist() for name in ("one", "two"))
+    assert [r["site"] for r in one] == [r["site"] for r in two]
+    assert all(abs(a["score"] - b["score"]) < 1e-5 for a, b in zip(one, two, strict=True) if a["score"] is not None)
+    assert said.json["localizations"][0]["workers"] == 2
