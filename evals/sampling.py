@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from excise.encoding import encode_row
 from excise.facts import GROUPS, Fact, Prompt
 from excise.model import Model
 from excise.scores import Score
@@ -113,29 +111,15 @@ class _Asked:
     reason: str = ""
 
 
-# Every evaluation and arm asks the same prompts: tokenising them anew each time took a third of the whole time.
-_ASKED: weakref.WeakKeyDictionary[Model, dict[Prompt, _Asked]] = weakref.WeakKeyDictionary()
-
-
 def _asked(model: Model, prompt: Prompt) -> _Asked:
-    known = _ASKED.setdefault(model, {})
-    if prompt not in known:
-        known[prompt] = _ask(model, prompt)
-    return known[prompt]
-
-
-def _ask(model: Model, prompt: Prompt) -> _Asked:
     if not prompt.answer.strip():
         return _Asked(reason=f"fact {prompt.fact_id or '?'}: the prompt has no answer")
     try:
-        row = encode_row(model.tokenizer, prompt, answer=True)
+        (row,) = model.tokenised([prompt], answers=True)
     except ValueError as error:
         return _Asked(reason=str(error))
-    context = getattr(model.hf.config, "max_position_embeddings", None)
     if row.start == 0:
         return _Asked(reason="nothing stands before the answer, so that no position predicts its first token")
-    if context and len(row.ids) > context:
-        return _Asked(reason=f"{len(row.ids)} tokens do not fit the context of {context}")
     return _Asked(row.ids[row.start])
 
 

@@ -35,7 +35,7 @@ class Full:
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float, decay: float = 0.0) -> None:
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
-        self.optimiser = torch.optim.AdamW(self.masters, lr=rate, weight_decay=decay)
+        self.optimiser = torch.optim.AdamW(self.masters, lr=rate, weight_decay=decay, fused=True)
 
     def step(self) -> None:
         """One step down the gradients, which are cleared."""
@@ -65,7 +65,7 @@ class LowRank:
         self.right = [
             nn.Parameter(torch.zeros(*p.shape[:-2], rank, p.shape[-1], device=p.device)) for p in self.parameters
         ]
-        self.optimiser = torch.optim.AdamW([*self.left, *self.right], lr=rate, weight_decay=decay)
+        self.optimiser = torch.optim.AdamW([*self.left, *self.right], lr=rate, weight_decay=decay, fused=True)
 
     @staticmethod
     def _random(p: nn.Parameter, rank: int, generator: torch.Generator) -> nn.Parameter:

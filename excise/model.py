@@ -31,6 +31,8 @@ class Model:
     hf: a plain `transformers` causal language model; tokenizer: its fast tokenizer; name: how reports call it.
     """
 
+    # Tokenised prompts that are kept, about 1 kB each.
+    most_rows = 100_000
     # Padded tokens in one forward pass: about the most that keeps logits of a 50k vocabulary under 1 GB in float32.
     batch_tokens = 4096
 
@@ -42,6 +44,7 @@ class Model:
         # Fingerprints of the unedited matrices whose slices are swapped right now.
         self.originals: dict[str, str] = {}
         self._hashes: dict[str, tuple[tuple[int, int], str]] = {}
+        self._rows: dict[tuple[Any, ...], Row] = {}
         self.name = name or getattr(hf.config, "name_or_path", "") or type(hf).__name__
 
     @cached_property
@@ -109,21 +112,36 @@ class Model:
             yield index, self._collated([wanted[i] for i in index], [rows[i] for i in index])
 
     def tokenised(self, prompts: Sequence[Prompt], *, answers: bool = False) -> list[Row]:
-        """Each prompt tokenised; raises ValueError, naming the fact, for one that does not fit the model's context."""
-        rows = [encode_row(self.tokenizer, p, answer=answers) for p in prompts]
+        """Each prompt tokenised; raises ValueError, naming the fact, for one that does not fit the model's context.
+
+        Rows are kept, because every arm and evaluation asks the same prompts; not beyond a change of the tokenizer.
+        """
+        tokenizer = self.tokenizer
+        state = id(tokenizer), len(tokenizer), tokenizer.chat_template, answers
+        if len(self._rows) > self.most_rows:
+            self._rows.clear()
+        found = []
+        for prompt in prompts:
+            key = (prompt, *state)
+            if key not in self._rows:
+                self._rows[key] = self._row(prompt, answers)
+            found.append(self._rows[key])
+        return found
+
+    def _row(self, prompt: Prompt, answer: bool) -> Row:
+        row = encode_row(self.tokenizer, prompt, answer=answer)
         limit, known = self.context, self.hf.get_input_embeddings().weight.shape[0]
-        for prompt, row in zip(prompts, rows, strict=True):
-            if row.ids and max(row.ids) >= known:
-                raise ValueError(
-                    f"{self.name}: its tokenizer gives token {max(row.ids)}, and the model knows {known} tokens; "
-                    "they do not belong together"
-                )
-            if limit and len(row.ids) > limit:
-                raise ValueError(
-                    f"fact {prompt.fact_id or '?'}: {len(row.ids)} tokens do not fit the model's context of {limit}; "
-                    "shorten the prompt"
-                )
-        return rows
+        if row.ids and max(row.ids) >= known:
+            raise ValueError(
+                f"{self.name}: its tokenizer gives token {max(row.ids)}, and the model knows {known} tokens; "
+                "they do not belong together"
+            )
+        if limit and len(row.ids) > limit:
+            raise ValueError(
+                f"fact {prompt.fact_id or '?'}: {len(row.ids)} tokens do not fit the model's context of {limit}; "
+                "shorten the prompt"
+            )
+        return row
 
     def _collated(self, prompts: Sequence[Prompt], rows: Sequence[Row]) -> Batch:
         pad = self.tokenizer.pad_token_id
