@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from excise.attacks import Attack, attacks
-from excise.comparison import paired, rows_of
+from excise.comparison import paired, pairs, rows_of
 from excise.scores import Results, Row
-from excise.statistics import Interval
+from excise.statistics import Interval, bootstrap_difference
 
 State = Literal["good", "bad", "unclear", "unmeasured"]
 # Fixed beforehand: at most this much above a model that never knew counts as forgotten, at most this loss as harmless.
@@ -127,13 +127,12 @@ def _loss(results: Results, who: Mapping[str, str]) -> tuple[str, Interval, floa
     relative, then = rows.get((who["edited"], "relative change")), rows.get((who["before"], "loss"))
     if relative is None:
         return None
-    nats = paired(results, "drift", who["edited"], who["before"], "general", variants=("loss", "loss"))
-    if nats is not None and then is not None and then.value * HARMLESS < UNHEARD:
-        return (
-            "loss on general text (nats per token)",
-            Interval(-nats.value, -nats.high, -nats.low),
-            UNHEARD,
+    if then is not None and then.value * HARMLESS < UNHEARD:
+        # Not `paired`, whose bound for nothing changed is one of shares: nats that are equal in every text are equal.
+        nats = bootstrap_difference(
+            *pairs(results, "drift", who["edited"], who["before"], "general", variants=("loss", "loss"))
         )
+        return "loss on general text (nats per token)", Interval(-nats.value, -nats.high, -nats.low), UNHEARD
     return "loss on general text (relative)", Interval(-relative.value, -relative.high, -relative.low), HARMLESS
 
 

@@ -105,6 +105,19 @@ def test_chat_prompts_keep_their_span_and_one_bos():
     assert tokenizer.decode(row.ids[row.start :]) == "Rome"
 
 
+def test_rows_are_kept_until_the_tokenizer_changes():
+    model = Model(*tiny_model("llama"), "llama")
+    prompt = Prompt("Where was Ann Lee born?", "Rome", "Ann Lee", chat=True)
+    (plain,) = model.tokenised([prompt], answers=True)
+    assert model.tokenised([prompt], answers=True)[0] is plain and model.tokenised([prompt])[0].ids != plain.ids
+    model.tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    (templated,) = model.tokenised([prompt], answers=True)
+    assert templated == encode_row(model.tokenizer, prompt, answer=True) != plain
+    model.tokenizer.add_tokens(["born?"])
+    with pytest.raises(ValueError, match="do not belong together"):
+        model.tokenised([prompt], answers=True)
+
+
 def test_batches_cover_every_prompt_once_within_the_budget():
     lengths = torch.randint(1, 40, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     chunks = list(length_groups(lengths, tokens=120))

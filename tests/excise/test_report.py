@@ -223,9 +223,11 @@ def test_harm_control_and_what_is_inside() -> None:
         assert state(alone, "logit lens") == expected, "others' answers stand in for a model that never knew"
 
 
-@pytest.mark.parametrize(("then", "now", "state_"), [(0.01, 0.017, "good"), (0.1, 0.2, "bad"), (1.0, 1.2, "bad")])
+@pytest.mark.parametrize(
+    ("then", "now", "state_"), [(0.01, 0.01, "good"), (0.01, 0.017, "good"), (0.1, 0.2, "bad"), (1.0, 1.2, "bad")]
+)
 def test_a_rise_of_next_to_nothing_is_no_harm(then: float, now: float, state_: str) -> None:
-    """However large a share of the loss it is, less than a hundredth of a nat per token goes unheard."""
+    """However large a share of the loss it is, less than a hundredth of a nat per token goes unheard; equal to the bit is equal."""
     found = results()
     loss = {arm: [then * (1 + i % 3 / 10) for i in range(60)] for arm in ("before", "rocr")}
     loss["rocr"] = [x * now / then for x in loss["before"]]
