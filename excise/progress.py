@@ -28,7 +28,10 @@ def bar(items: Iterable[Item], *, total: int | None = None, what: str = "", done
 
     done: items that an earlier run finished; they count for the bar but not for the remaining time.
     """
+    if _quiet or not sys.stderr.isatty():
+        # Not even a disabled tqdm: its lock is shared with forked children, and one that is killed may never give it back.
+        yield from items
+        return
     from tqdm import tqdm
 
-    silent = _quiet or not sys.stderr.isatty()
-    yield from tqdm(items, total=total, desc=what, initial=done, disable=silent, file=sys.stderr, leave=False)
+    yield from tqdm(items, total=total, desc=what, initial=done, file=sys.stderr, leave=False)
