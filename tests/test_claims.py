@@ -56,7 +56,7 @@ def measured(name: str, seed: int) -> Results:
 
     # Each only on the arms of which something is claimed.
     asked = {
-        every_form: (before, after, random, oracle),
+        every_form: (before, after, random),
         general_loss: (before, after),
         declines: (before, after, oracle),
     }

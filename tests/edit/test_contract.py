@@ -60,6 +60,7 @@ WHERE = Localization.of(["blocks.1.hook_resid_post@subject_last"])
 @functools.cache
 def built(editor: str, family: str) -> tuple[Model, Edit | ExciseError]:
     model = Model(*tiny_model(family, layers=3), family)
+    untouched(model)
     try:
         return model, make(model, editor)
     except ExciseError as error:
@@ -92,6 +93,12 @@ def logits(model):
     return model.logits(model.encode(FACTS.prompts()))
 
 
+@functools.cache
+def untouched(model):
+    """The logits before any edit was made."""
+    return logits(model)
+
+
 def test_recipe_says_how_it_was_made(made):
     model, edit = made
     assert edit.recipe["method"] in EDITORS and edit.recipe["model"] == model.name
@@ -101,7 +108,7 @@ def test_recipe_says_how_it_was_made(made):
 
 def test_bits_come_back_after_leaving(made):
     model, edit = made
-    plain = logits(model)
+    plain = untouched(model)
     with applied(model, edit):
         assert not torch.equal(logits(model), plain)
     assert torch.equal(logits(model), plain)
@@ -109,7 +116,7 @@ def test_bits_come_back_after_leaving(made):
 
 def test_bits_come_back_after_an_exception(made):
     model, edit = made
-    plain = logits(model)
+    plain = untouched(model)
     with pytest.raises(ZeroDivisionError), applied(model, edit):
         logits(model)
         raise ZeroDivisionError
@@ -118,7 +125,7 @@ def test_bits_come_back_after_an_exception(made):
 
 def test_a_hundred_cycles_leave_every_bit(made):
     model, edit = made
-    plain = logits(model)
+    plain = untouched(model)
     kept = {name: p.detach().clone() for name, p in model.hf.named_parameters()}
     for _ in range(100):
         if edit.bakeable:
@@ -144,7 +151,7 @@ def test_hooked_equals_baked_and_revert_is_exact(made):
         with pytest.raises(ExciseError):
             bake(model, edit)
         return
-    plain = logits(model)
+    plain = untouched(model)
     with applied(model, edit):
         hooked = logits(model)
     baked = bake(model, edit)
@@ -155,7 +162,7 @@ def test_hooked_equals_baked_and_revert_is_exact(made):
 
 def test_zero_strength_and_sums(made):
     model, edit = made
-    plain = logits(model)
+    plain = untouched(model)
     with applied(model, edit.scaled(0.0)):
         torch.testing.assert_close(logits(model), plain)
     with applied(model, edit + edit):

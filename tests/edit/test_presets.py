@@ -225,7 +225,7 @@ SEED, GROUPS = 3001, ("forget", "retain", "neighbour")
 @functools.cache
 def people(name: str):
     """The model, its facts and ordinary text, as an editor gets them."""
-    model, known = load(f"testbed:{name}"), facts(name, seed=SEED, retain=16, neighbours=16)
+    model, known = load(f"testbed:{name}"), facts(name, people=4, seed=SEED, retain=16, neighbours=16)
     texts = general_text(name, 400, seed=SEED, exclude=known.group("forget").subjects)
     return model, known, texts
 
