@@ -95,7 +95,9 @@ def _drawn(results: Results, who: Mapping[str, str], name: str, variant: str) ->
         return None
     never = found.before if "oracle" in who else [0.0] * len(found.after)
     change = bootstrap_difference(found.after, never, found.clusters)
-    if change.low == change.high:
-        change = Interval(change.value, change.value, min(1.0, change.value + wilson(0, len(found.after)).high))
+    if change.low == change.high and 0 <= change.value <= 1:
+        # All facts alike say no more than that many alike facts can (Wilson): all of twelve is not all there are.
+        share = wilson(round(change.value * len(found.after)), len(found.after))
+        change = Interval(change.value, min(share.low, change.value), max(share.high, change.value))
     clusters = found.clusters if len(set(found.clusters)) >= PEOPLE else None
     return change, sign_flip([a - b for a, b in zip(found.after, never, strict=True)], clusters, greater=True)

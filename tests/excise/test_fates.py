@@ -7,6 +7,7 @@ from excise import registry
 from excise.fates import INSIDE, counted, fates
 from excise.findings import recovered
 from excise.scores import Results, Score
+from excise.statistics import wilson
 from excise.verdict import verdict
 
 FORMS = ("statement", "question", "choice")
@@ -128,6 +129,14 @@ def test_recovery_counts_beyond_what_the_oracle_gives_under_the_same_attack():
     assert recovered(attacked(0.0, 0.0), WHO).state == "good"
     assert "comes back under attack" in verdict(attacked(0.5, 0.0)).headline
     assert recovered(attacked(0.0, 0.0, n=8), WHO).state == "unclear", "eight facts cannot exclude a tenth"
+
+
+def test_where_all_facts_agree_the_interval_is_what_so_many_allow():
+    for share in (0.0, 1.0):
+        (found,) = (a for a in beside.attacks(attacked(share, 0.0, n=12), WHO) if a.name == "few_shot")
+        assert (found.change.value, found.change.low, found.change.high) == pytest.approx(
+            tuple(wilson(round(12 * share), 12))
+        )
 
 
 def test_the_report_tells_fates_and_counts_what_was_kept(tmp_path):
