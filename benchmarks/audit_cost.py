@@ -42,6 +42,7 @@ from excise.measure import measure
 from excise.model import Model, load
 from excise.progress import be_quiet
 from excise.registry import Method, methods
+from excise.scores import Results
 from excise.testbed import facts, general_text, refusals
 
 FACTS, SEED, AIM = 20, 7001, 90.0
@@ -109,7 +110,7 @@ def audited(
 def memory_job(job: str, shape: str) -> dict[str, int]:
     """Bytes above the warm model that one evaluation, or one batch, needs at its peak. In a process of its own."""
     model = build(shape, "cpu", "float32")
-    known = as_said(model, facts(0, people=6, retain=16, neighbours=16, unknown=8, general=4))
+    known = as_said(model, facts(0, people=2, retain=6, neighbours=6, unknown=4, general=4))
     change = rank_one(model, "weight edit")
     arms = [Arm("before", model), Arm("edited", model, change)]
     prompts = [p for f in known for p in f.prompts if p.text and p.answer]
@@ -121,12 +122,11 @@ def memory_job(job: str, shape: str) -> dict[str, int]:
             _, batch = max(model.batches(prompts, answers=True), key=lambda pair: pair[1].ids.numel())
             model.logits(batch)
         else:
-            nonlocal results
-            results = measure(arms, [methods("evaluation")[job]], known, shared={"limit": 8})
+            results.append(measure(arms, [methods("evaluation")[job]], known, shared={"limit": 8}))
 
-    results = None
+    results: list[Results] = []
     above = peak(model, work)
-    values = sum(s.value is not None for part in results.scores.values() for s in part) if results else 0
+    values = sum(s.value is not None for r in results for part in r.scores.values() for s in part)
     own = sum(p.numel() * p.element_size() for p in model.hf.parameters())
     touched = sum(model.weight(str(c.site)).numel() for c in change.changes) * 4
     return {"above": above, "model": own, "touched": touched, "values": values}
@@ -146,10 +146,13 @@ def as_said(model: Model, known: Facts) -> Facts:
         # The others' logits are zero, and the largest of eight random ones is far above that.
         head.mul_(40)[[i for i in range(len(head)) if i not in said]] = 0.0
     prompts = [p for f in known for p in f.prompts]
-    firsts = iter(model.logits(model.encode([p]))[0, -1].argmax().item() for p in prompts)
-    changed = []
+    firsts: dict[int, int] = {}
+    for index, batch in model.batches(prompts, tokens=256):
+        logits = model.logits(batch)
+        firsts |= {i: int(logits[row, batch.lengths[row] - 1].argmax()) for row, i in enumerate(index)}
+    nexts, changed = iter(said.get(firsts[i], p.answer) for i, p in enumerate(prompts)), []
     for i, f in enumerate(known):
-        mine = tuple(replace(p, answer=said.get(next(firsts), p.answer)) for p in f.prompts)
+        mine = tuple(replace(p, answer=next(nexts)) for p in f.prompts)
         changed.append(f if i % 3 == 2 else replace(f, answer=mine[0].answer, prompts=mine))
     return Facts(changed)
 
