@@ -30,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.overhead import BATCH_TOKENS, RETURNED, build, peak, rank_one
+from benchmarks.overhead import BATCH_TOKENS, RETURNED, bar, build, peak, rank_one
 from excise.arms import Arm
 from excise.attacks import attacks
 from excise.audit import chosen, told
@@ -117,6 +117,8 @@ def memory_job(job: str, shape: str) -> dict[str, int]:
     _ = model.names.weights(), model.fingerprint, model.encode(prompts[:4], answers=True)
     model.logits(model.encode(prompts[:1]))
 
+    results: list[Results] = []
+
     def work() -> None:
         if job == "batch":
             _, batch = max(model.batches(prompts, answers=True), key=lambda pair: pair[1].ids.numel())
@@ -124,7 +126,6 @@ def memory_job(job: str, shape: str) -> dict[str, int]:
         else:
             results.append(measure(arms, [methods("evaluation")[job]], known, shared={"limit": 8}))
 
-    results: list[Results] = []
     above = peak(model, work)
     values = sum(s.value is not None for r in results for part in r.scores.values() for s in part)
     own = sum(p.numel() * p.element_size() for p in model.hf.parameters())
@@ -138,23 +139,20 @@ def as_said(model: Model, known: Facts) -> Facts:
     Every third stays, for what asks of longer answers, or of answers that nobody shares.
     """
     head, tokenizer = model.hf.get_output_embeddings().weight, model.tokenizer
-    words = sorted(
-        {f.answer for f in known if len(tokenizer(f" {f.answer}", add_special_tokens=False)["input_ids"]) == 1}
-    )
-    said = {tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0]: w for w in words[:4]}
+    ids = {w: tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in sorted({f.answer for f in known})}
+    words = {only[0]: word for word, only in [(w, i) for w, i in ids.items() if len(i) == 1][:4]}
     with torch.no_grad():
         # The others' logits are zero, and the largest of four random ones is far above that.
-        head.mul_(40)[[i for i in range(len(head)) if i not in said]] = 0.0
-    prompts = [p for f in known for p in f.prompts]
-    firsts: dict[int, int] = {}
-    for index, batch in model.batches(prompts, tokens=256):
+        head *= torch.tensor([40.0 if i in words else 0.0 for i in range(len(head))])[:, None]
+    asked = [p for n, f in enumerate(known) if n % 3 != 2 for p in f.prompts]
+    said = {}
+    for index, batch in model.batches(asked, tokens=256):
         logits = model.logits(batch)
-        firsts |= {i: int(logits[row, batch.lengths[row] - 1].argmax()) for row, i in enumerate(index)}
-    nexts, changed = iter(said.get(firsts[i], p.answer) for i, p in enumerate(prompts)), []
-    for i, f in enumerate(known):
-        mine = tuple(replace(p, answer=next(nexts)) for p in f.prompts)
-        changed.append(f if i % 3 == 2 else replace(f, answer=mine[0].answer, prompts=mine))
-    return Facts(changed)
+        for row, i in enumerate(index):
+            first = int(logits[row, batch.lengths[row] - 1].argmax())
+            said[asked[i]] = replace(asked[i], answer=words.get(first, asked[i].answer))
+    changed = [tuple(said.get(p, p) for p in f.prompts) for f in known]
+    return Facts(replace(f, answer=mine[0].answer, prompts=mine) for f, mine in zip(known, changed, strict=True))
 
 
 def memory(names: Sequence[str], shape: str) -> dict[str, float]:
@@ -176,11 +174,6 @@ def memory(names: Sequence[str], shape: str) -> dict[str, float]:
     return {n: (one["model"] + f["above"]) / (allowed + COPIES.get(n, 0) * one["model"]) for n, f in found.items()}
 
 
-def bar(name: str, value: float, aim: float) -> dict[str, Any]:
-    """One figure that is asked for, and whether it holds."""
-    return {"name": name, "value": value, "interval": None, "aim": aim, "holds": value <= aim}
-
-
 def within(name: str) -> str:
     """What the peak of an evaluation is held against, in words."""
     copies = COPIES.get(name)
@@ -188,9 +181,9 @@ def within(name: str) -> str:
 
 
 def run_audit(
-    args: argparse.Namespace, wanted: Sequence[Method], alone: bool, found: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The audit once, and with `alone` each of its evaluations once more by itself; fills `found`, gives back the bars."""
+    args: argparse.Namespace, wanted: Sequence[Method], alone: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and bars of the audit once, and with `alone` of each of its evaluations once more by itself."""
     known = questions(args.model, SEED)
     arms, edit = arms_of(args.model, known, SEED)
     people = known.group("forget").subjects
@@ -202,15 +195,15 @@ def run_audit(
         print(f"  {attack}")
     for name, took in sorted(results.recipe["seconds"].items(), key=lambda item: -item[1]):
         print(f"{name:24} {took:6.1f} s")
-    found |= {"seconds": seconds, "by evaluation": results.recipe["seconds"], "passes": passes}
-    bars = [bar(f"default audit of {FACTS} forget facts, {args.threads} threads, seconds", seconds, AIM)]
+    found = {"seconds": seconds, "by evaluation": results.recipe["seconds"], "passes": passes}
+    bars = [bar(f"default audit of {FACTS} forget facts, {args.threads} threads, seconds", seconds, None, AIM)]
     if alone:
         models = arms[0].model, arms[-1].model
         apart = {m.name: audited(fresh(*models, edit, SEED), [m], known, shared)[1] for m in wanted}
         found["passes alone"] = apart
         share = passes / sum(apart.values())
-        bars.append(bar("forward passes of the audit over those of its evaluations one by one", share, 1.0))
-    return bars
+        bars.append(bar("forward passes of the audit over those of its evaluations one by one", share, None, 1.0))
+    return found, bars
 
 
 def main() -> None:
@@ -237,10 +230,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     bars: list[dict[str, Any]] = []
     if {"time", "passes"} & set(parts):
-        bars += run_audit(args, wanted, "passes" in parts, found)
+        found, bars = run_audit(args, wanted, "passes" in parts)
     if "memory" in parts:
         found["memory"] = memory([m.name for m in wanted], args.shape)
-        bars += [bar(f"peak memory of {n} / ({within(n)})", value, 1.0) for n, value in found["memory"].items()]
+        bars += [bar(f"peak memory of {n} / ({within(n)})", value, None, 1.0) for n, value in found["memory"].items()]
     for b in bars:
         print(f"{b['name']}: {b['value']:.3f} (aim {b['aim']}, {'holds' if b['holds'] else 'DOES NOT HOLD'})")
     settings = {"model": args.model, "facts": FACTS, "threads": args.threads, "batch_tokens": BATCH_TOKENS,

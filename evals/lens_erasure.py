@@ -12,7 +12,6 @@ from evals.sampling import Item, direct, measurable, nothing
 from evals.shares import SMALLEST, erased, weighted_erasure
 from evals.states import states
 from excise.arms import Arm
-from excise.encoding import encode_row
 from excise.facts import Fact, Prompt
 from excise.lens import decode
 from excise.model import Model
@@ -70,8 +69,8 @@ def answer_curves(arm: Arm, prompts: Sequence[Prompt], decoder: Model) -> Tensor
     """
     reader = decoder if kin(arm.model, decoder) else arm.model
     found = []
-    for prompt, seen in zip(prompts, states(arm, prompts), strict=True):
-        row = encode_row(arm.model.tokenizer, prompt, answer=True)
+    rows = arm.model.tokenised(prompts, answers=True)
+    for row, seen in zip(rows, states(arm, prompts), strict=True):
         gold = torch.tensor(row.ids[row.start :]).repeat(len(seen.answer))
         logp = decode(reader, seen.answer.flatten(0, 1)).double().log_softmax(-1)
         found.append(logp.gather(-1, gold[:, None])[:, 0].view(seen.answer.shape[:2]).mean(1))

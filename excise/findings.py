@@ -127,11 +127,10 @@ def _loss(results: Results, who: Mapping[str, str]) -> tuple[str, Interval, floa
     relative, then = rows.get((who["edited"], "relative change")), rows.get((who["before"], "loss"))
     if relative is None:
         return None
-    if then is not None and then.value * HARMLESS < UNHEARD:
+    found = pairs(results, "drift", who["edited"], who["before"], "general", variants=("loss", "loss"))
+    if found.after and then is not None and then.value * HARMLESS < UNHEARD:
         # Not `paired`, whose bound for nothing changed is one of shares: nats that are equal in every text are equal.
-        nats = bootstrap_difference(
-            *pairs(results, "drift", who["edited"], who["before"], "general", variants=("loss", "loss"))
-        )
+        nats = bootstrap_difference(*found)
         return "loss on general text (nats per token)", Interval(-nats.value, -nats.high, -nats.low), UNHEARD
     return "loss on general text (relative)", Interval(-relative.value, -relative.high, -relative.low), HARMLESS
 

@@ -280,7 +280,9 @@ def unlisted(name, known):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seed", "mode"), [("dense", 1001, "weight"), ("moe", 2002, "hook")])
+@pytest.mark.parametrize(
+    ("name", "seed", "mode"), [("dense", 1001, "weight"), ("moe", 3003, "weight"), ("moe", 2002, "hook")]
+)
 class TestDecliningPeople:
     def test_forget_questions_are_declined_fluently_in_every_form(self, name, seed, mode):
         known, before, after = edited(name, seed, mode)
